@@ -1,0 +1,116 @@
+"""Command lines made from a dataclass: one flag per field, and one line per user error."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+import yaml
+
+from cfs.errors import UserError
+
+Config = TypeVar("Config")
+
+EXIT_USER_ERROR = 2
+
+
+def option(default: Any, meaning: str) -> Any:
+    """A dataclass field with its default and its line in `--help`."""
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
+def parse(
+    config_class: type[Config], description: str, arguments: list[str] | None = None
+) -> Config:
+    """Read flags, and a YAML file by `--config`, into `config_class`; flags win over the file.
+
+    Raises `UserError` through `config_class.__post_init__`; a malformed flag exits with code 2.
+    """
+    parser = jsonargparse.ArgumentParser(
+        prog=Path(sys.argv[0]).name,
+        description=description,
+        exit_on_error=False,
+        formatter_class=argparse.HelpFormatter,  # jsonargparse's own repeats types and defaults
+    )
+    config_file = jsonargparse.ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
+    parser.add_argument("--config", action=config_file, help="YAML file of the flags below")
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        shown = "" if field.default is None else f" [{field.default}]"
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=hints[field.name],
+            default=field.default,
+            help=field.metadata["help"].replace("%", "%%") + shown,
+        )
+    try:
+        given = sys.argv[1:] if arguments is None else arguments
+        values = parser.parse_args(_file_first(given)).as_dict()
+    except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
+        raise UserError(_one_line(str(error), hints)) from error
+    values.pop("config", None)
+    return config_class(**values)
+
+
+def _file_first(arguments: list[str]) -> list[str]:
+    """`--config FILE` before all other flags, as what is parsed later wins."""
+    files, flags = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config":
+            files += [argument, *islice(rest, 1)]
+        elif argument.startswith("--config="):
+            files.append(argument)
+        else:
+            flags.append(argument)
+    return files + flags
+
+
+def _one_line(message: str, hints: dict[str, Any]) -> str:
+    """jsonargparse's many lines on a bad value as one: the flag, what it got, what it takes."""
+    message = " ".join(message.split())
+    named = re.match(r'Parser key "(\w+)": ', message)
+    given = re.search(r"(?:Given value|Got value): (.*)$", message)
+    if named is None:
+        return message
+    flag = f"--{named[1].replace('_', '-')}"
+    if given is None or named[1] not in hints:
+        return f"{flag}: {message[named.end() :]}"
+    return f"{flag} {given[1]}: expected {_type_name(hints[named[1]])}"
+
+
+def _type_name(hint: Any) -> str:
+    """A type as a person would say it: its name, or the words that it allows."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    return " or ".join(map(_type_name, parts)) if parts else hint.__name__
+
+
+def save_yaml(config: Any, path: Path, comments: list[str]) -> None:
+    """Write a config as a file that `--config` reads back, under some lines of comment."""
+    head = "".join(f"# {line}\n" for line in comments)
+    body = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    path.write_text(head + body, encoding="utf-8")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call an entry point; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" (rank {rank})"
+        print(f"{Path(sys.argv[0]).name}{where}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,9 @@
+"""The one exception for what a user can cause."""
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; entry points print it as one line and exit with code 2.
+
+    The message names the file or flag, what was found, what was expected and the remedy.
+    Every other exception is a bug of ours and keeps its traceback.
+    """

@@ -1,0 +1,1 @@
+"""Scoring a model's skills and showing what a run did."""

@@ -1,0 +1,103 @@
+"""The decoder that both families are: embed, pre-norm blocks, norm, head.
+
+The one primitive of the loss, log p_theta(x_t | x_<t) at chosen targets, is an output of the
+forward pass: under FSDP the head's weight exists in full only in there.
+
+Shapes: B rows, T positions, D model width, V vocabulary, N targets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cfs.model.attention import AttentionContext, CausalBatch
+from cfs.model.config import ModelConfig
+from cfs.model.layers import MLP, Attention, Rope
+from cfs.model.logprobs import chunked_logprobs
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int, norm_class: Any) -> None:
+        super().__init__()
+        self.input_layernorm = norm_class(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = norm_class(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext) -> Tensor:
+        """x (B, T, D) -> (B, T, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """A causal language model; `Llama` and `Olmo` name the norm."""
+
+    norm_class: Any = None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.source_dir: str | None = None
+        """Directory the weights came from; its tokenizer files go with a saved copy."""
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, layer, self.norm_class) for layer in range(config.num_layers)
+        )
+        self.norm = self.norm_class(config)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self.rope = Rope(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        target_mask: Tensor | None = None,
+        context: AttentionContext | None = None,
+    ) -> Tensor:
+        """Logits, or with `target_mask` the log-probability of each marked token.
+
+        input_ids   (B, T) int64; rows start at position 0 unless `context` says otherwise
+        target_mask (B, T) bool, True where the token is a target; never in column 0, which
+                    nothing predicts
+
+        Returns (B, T, V) logits in the model's dtype, or (N,) float32 log p(x_t | x_<t) in nats
+        for the N True entries of `target_mask` in row-major order. Only those positions reach
+        the head.
+        """
+        hidden = self.hidden_states(input_ids, context or CausalBatch(*_span(input_ids)))
+        if target_mask is None:
+            return self.logits(hidden)
+        predicted = target_mask[:, 1:]
+        return chunked_logprobs(
+            hidden[:, :-1][predicted], self.head_weight, input_ids[:, 1:][predicted]
+        )
+
+    def hidden_states(self, input_ids: Tensor, context: AttentionContext) -> Tensor:
+        """(B, T) int64 -> (B, T, D) after the final norm."""
+        x = self.embed_tokens(input_ids)
+        cos, sin = self.rope.phases(context.position_ids)
+        for block in self.layers:
+            x = block(x, cos, sin, context)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V), same dtype."""
+        return hidden @ self.head_weight.T
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D); the embedding itself where the config ties them."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+
+def _span(input_ids: Tensor) -> tuple[int, torch.device]:
+    return input_ids.shape[1], input_ids.device

@@ -1,0 +1,184 @@
+"""Everything a training run can be told, flat; the command line is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cfs.assets import TINYWORLD_DIR
+from cfs.cli import option
+from cfs.data.formats import FORMATS
+from cfs.errors import UserError
+from cfs.train.methods import METHODS, Method
+
+PAPER_SAMPLING = (1.0, 0.95)
+"""Temperature and top-p of context-free samples (section 3)."""
+
+# What a field that the user left out becomes. The paper's setting for real checkpoints (section
+# 3, appendix B); a small model on a small world wants larger steps and shorter texts.
+CHECKPOINT_DEFAULTS: dict[str, Any] = {
+    "lr": 5e-6,
+    "epochs": 2.0,
+    "max_length": 512,
+    "batch_size": 128,
+    "beta2": 0.999,
+    "micro_batch_tokens": 16384,
+}
+TINYWORLD_DEFAULTS: dict[str, Any] = CHECKPOINT_DEFAULTS | {
+    "lr": 1e-3,
+    "epochs": None,
+    "steps": 400,
+    "batch_size": 32,  # many small steps: at 128 a minute of CPU is too few to learn anything
+    "max_length": 128,
+    "micro_batch_tokens": 1024,  # what fits a CPU's cache
+}
+PRETRAIN_DEFAULTS: dict[str, Any] = TINYWORLD_DEFAULTS | {
+    "lr": 2e-3,
+    "steps": 7000,
+    "batch_size": 64,
+    "beta2": 0.95,
+}
+
+
+def _depends(name: str, meaning: str) -> Any:
+    """A field that `resolved` fills in; its help names what with."""
+    absent = {"steps": "by --epochs", "epochs": "by --steps"}.get(name)
+    checkpoint, world, pretrain = (
+        table.get(name) or absent
+        for table in (CHECKPOINT_DEFAULTS, TINYWORLD_DEFAULTS, PRETRAIN_DEFAULTS)
+    )
+    said = f"{checkpoint}; TinyWorld {world}, its pretraining {pretrain}"
+    return option(None, f"{meaning} [{checkpoint if checkpoint == world == pretrain else said}]")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Flags of `train.py`, in kebab-case there.
+
+    A field that defaults to None though its type has no None depends on the model, the data or
+    the device: `resolved` and `counted` put it in place before anything else reads it.
+    """
+
+    method: str = option("cfs", "training method: " + ", ".join(METHODS))
+    model: str = option(None, "model directory or hub name; default: embedded TinyWorld")
+    data: str | None = option(None, "fine-tuning data, JSONL or parquet; default: TinyWorld's")
+    format: str | None = option(None, "of --data, and needed with it: " + ", ".join(FORMATS))
+    out: str | None = option(None, "run directory; default: the next free one under runs/")
+
+    synthetic: str | None = option(None, "corpus from generate.py; default: drawn and cached")
+    corpora: str = option("runs/corpora", "where drawn corpora are kept and found again")
+    synthetic_ratio: float = option(1.0, "synthetic samples per task example (Table 4)")
+    temperature: float = option(PAPER_SAMPLING[0], "sampling temperature of the corpus")
+    top_p: float = option(PAPER_SAMPLING[1], "nucleus probability of the corpus")
+    lam: float = option(1.0, "weight of the synthetic term")
+    normalize: Literal["pooled", "source"] = option(
+        "pooled", "divide by all targets, or each source by its own"
+    )
+
+    steps: int = _depends("steps", "gradient steps, instead of --epochs")
+    epochs: float | None = _depends("epochs", "passes over the task data alone")
+    batch_size: int = _depends("batch_size", "examples per gradient step, over all ranks")
+    micro_batch_tokens: int = _depends(
+        "micro_batch_tokens", "tokens per forward pass, padding counted"
+    )
+    max_length: int = _depends("max_length", "tokens an example or sample is cut to")
+    lr: float = _depends("lr", "peak learning rate")
+    beta2: float = _depends("beta2", "AdamW's decay of the squared gradient")
+    warmup: float = option(0.03, "share of the steps that warm up; cosine to zero after")
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices")
+    clip: float = option(1.0, "largest gradient norm; 0 clips nothing")
+
+    kl_samples: int = option(512, "held-out samples, drawn at temperature 1 and top-p 1")
+    kl_every: int = option(None, "steps between KL estimates; default: a tenth of the run")
+    skill_items: int = option(200, "test items per skill at the end (TinyWorld)")
+
+    seed: int = option(0, "of the data order, the samples and pretraining's weights")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
+    dtype: Literal["float32", "bfloat16"] = option(
+        None, "of the computation; masters are float32; default: bfloat16 on CUDA"
+    )
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"--method {self.method!r} is unknown; known: {', '.join(METHODS)}")
+        _require(self, "kl_samples", self.kl_samples >= 2, "at least 2, for a standard error")
+        _require(self, "skill_items", self.skill_items >= 1, "at least 1")
+        for name in ("batch_size", "steps", "kl_every", "micro_batch_tokens"):
+            _require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, ">= 1")
+        _require(self, "beta2", self.beta2 is None or 0 < self.beta2 < 1, "in (0, 1)")
+        _require(self, "max_length", self.max_length is None or self.max_length >= 2, ">= 2")
+        _require(self, "epochs", self.epochs is None or self.epochs > 0, "above 0")
+        _require(self, "lr", self.lr is None or self.lr > 0, "above 0")
+        _require(self, "synthetic_ratio", self.synthetic_ratio > 0, "above 0 (without: ft)")
+        _require(self, "temperature", self.temperature > 0, "above 0")
+        _require(self, "top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        _require(self, "warmup", 0 <= self.warmup < 1, "in [0, 1)")
+        for name in ("lam", "weight_decay", "clip"):
+            _require(self, name, getattr(self, name) >= 0, "0 or more")
+        _require(self, "seed", 0 <= self.seed < 2**32, "in [0, 2^32)")
+        if (self.data is None) != (self.format is None):
+            raise UserError("--data and --format go together; see --help for the formats")
+        if self.steps is not None and self.epochs is not None:
+            raise UserError(f"--steps {self.steps} and --epochs {self.epochs}: give one of them")
+        if self.synthetic is not None and not self.method_spec.uses_synthetic:
+            raise UserError(f"--synthetic: --method {self.method} mixes no samples in")
+        if self.synthetic is not None and (self.temperature, self.top_p) != PAPER_SAMPLING:
+            raise UserError(
+                "--synthetic: the corpus is drawn; --temperature and --top-p are its own"
+            )
+        if self.method_spec.from_scratch and self.epochs is not None and self.data is None:
+            raise UserError("--epochs: TinyWorld's pretraining text has no end; give --steps")
+
+    @property
+    def on_embedded_model(self) -> bool:
+        """Does the run start from the TinyWorld base that ships with the package?"""
+        return self.model is None or Path(self.model).resolve() == TINYWORLD_DIR.resolve()
+
+    @property
+    def on_tinyworld_data(self) -> bool:
+        """Is the task TinyWorld's new skill, so that its skills can be scored?"""
+        return self.data is None
+
+    @property
+    def method_spec(self) -> Method:
+        return METHODS[self.method]
+
+    def resolved(self, device_type: str, context: int) -> TrainConfig:
+        """With every default in place but those that the number of examples decides.
+
+        context  the most positions that the model knows; a longer `--max-length` is refused
+        """
+        defaults = CHECKPOINT_DEFAULTS
+        if self.on_embedded_model:
+            scratch = self.method_spec.from_scratch
+            defaults = PRETRAIN_DEFAULTS if scratch else TINYWORLD_DEFAULTS
+        values = {name: v for name, v in defaults.items() if getattr(self, name) is None}
+        if self.steps is not None or self.epochs is not None:
+            values = {name: v for name, v in values.items() if name not in ("steps", "epochs")}
+        if self.dtype is None:
+            values["dtype"] = "bfloat16" if device_type == "cuda" else "float32"
+        if "max_length" in values:
+            values["max_length"] = min(values["max_length"], context)
+        elif self.max_length > context:
+            raise UserError(f"--max-length {self.max_length}: the model's context is {context}")
+        return replace(self, model=self.model or str(TINYWORLD_DIR), **values)
+
+    def counted(self, num_task_examples: int) -> TrainConfig:
+        """With `steps` in place of `epochs`, and what follows from them.
+
+        The number of steps is that of plain fine-tuning whatever is mixed in: passes over the
+        mixture are inversely proportional to its size (section 3, "for a fair comparison").
+        """
+        steps = self.steps
+        if steps is None:
+            assert self.epochs is not None, "resolved() fills in one of the two"
+            steps = max(1, round(self.epochs * num_task_examples / self.batch_size))
+        kl_every = self.kl_every or max(1, steps // 10)
+        return replace(self, steps=steps, epochs=None, kl_every=kl_every)
+
+
+def _require(config: TrainConfig, name: str, holds: bool, rule: str) -> None:
+    if not holds:
+        flag = name.replace("_", "-")
+        raise UserError(f"--{flag} {getattr(config, name)}: expected {rule}")

@@ -1,0 +1,85 @@
+"""The objective of the paper (below eq. 2), as a sum that is divided once.
+
+min  E_F[-log p(y|x)] + lambda * E_{x ~ p_theta*}[-log p(x)]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from cfs.data.mixture import Draw
+from cfs.data.packing import MicroBatch
+from cfs.model import Decoder
+
+
+@dataclass(frozen=True)
+class TargetCounts:
+    """Targets of a whole global batch: every micro-batch of every rank."""
+
+    task: int
+    synthetic: int
+
+    @classmethod
+    def of(cls, draws: list[Draw]) -> TargetCounts:
+        counts = {True: 0, False: 0}
+        for draw in draws:
+            counts[draw.synthetic] += draw.example.num_targets
+        return cls(task=counts[False], synthetic=counts[True])
+
+
+@dataclass(frozen=True)
+class SourceWeights:
+    """What one target of each source weighs in the batch loss."""
+
+    task: float
+    synthetic: float
+
+    @classmethod
+    def of(
+        cls, counts: TargetCounts, lam: float, normalize: Literal["pooled", "source"]
+    ) -> SourceWeights:
+        """pooled: 1/N and lam/N with N all targets. source: 1/N_task and lam/N_synthetic.
+
+        Pooled, N_S = r N_F samples make this the paper's objective with weight lam * r, up to
+        one scale. Per source, lam is the ratio of the two mean losses whatever their lengths.
+        """
+        if normalize == "pooled":
+            total = max(1, counts.task + counts.synthetic)
+            return cls(1.0 / total, lam / total)
+        return cls(1.0 / max(1, counts.task), lam / max(1, counts.synthetic))
+
+
+def token_logprobs(model: Decoder, batch: MicroBatch) -> Tensor:
+    """log p_theta(x_t | x_<t) of every target of the batch: (N,) float32, in nats.
+
+    The one thing the objective needs from a model. N counts the True entries of
+    `batch.target_mask`, in row-major order; prompt and padding never reach the head.
+    """
+    return model(batch.input_ids, target_mask=batch.target_mask)
+
+
+def summed_nll(logprobs: Tensor, synthetic: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood summed over task targets and over synthetic targets, in nats.
+
+    logprobs   (N,) float32
+    synthetic  (N,) bool
+
+    Returns two float32 scalars; each is zero, not NaN, where it has no targets.
+    """
+    return -logprobs[~synthetic].sum(), -logprobs[synthetic].sum()
+
+
+def micro_batch_loss(
+    model: Decoder, batch: MicroBatch, weights: SourceWeights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This micro-batch's share of the batch loss, and the two sums it is made of.
+
+    Summed over the micro-batches of every rank the first is the batch loss: its denominators
+    count the whole batch, so nothing is averaged twice.
+    """
+    nll_task, nll_synthetic = summed_nll(token_logprobs(model, batch), batch.synthetic)
+    loss = weights.task * nll_task + weights.synthetic * nll_synthetic
+    return loss, nll_task.detach(), nll_synthetic.detach()
