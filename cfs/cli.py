@@ -105,12 +105,20 @@ def save_yaml(config: Any, path: Path, comments: list[str]) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Call an entry point; a `UserError` becomes one line on stderr and exit code 2."""
+    code = 0
     try:
         main()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
         print(f"{Path(sys.argv[0]).name}{where}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        code = EXIT_USER_ERROR
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # gloo's threads may still hold tensors of the last collectives. One that frees a tensor
+        # while the interpreter shuts down aborts the process (pytorch issue 190489).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cfs import ranks as process_ranks
+from cfs.cli import run
 from cfs.data.formats import make_example
 from cfs.data.mixture import Draw
 from cfs.data.packing import micro_batches
@@ -58,7 +59,7 @@ def gradients(
     return {name: value.clone() for name, value in full_parameters(model)}
 
 
-if __name__ == "__main__":
+def main() -> None:
     group = process_ranks.start("cpu")
     sharded = tiny_model("llama")
     shard(sharded, group, torch.float32)
@@ -66,3 +67,7 @@ if __name__ == "__main__":
     if group.is_main:
         torch.save(result, sys.argv[1])
     process_ranks.finish()
+
+
+if __name__ == "__main__":
+    run(main)
