@@ -53,6 +53,20 @@ class Request:
 
 
 @dataclass(frozen=True)
+class TopK:
+    """The head of p_theta* (temperature 1, untruncated) at each generated position, n of them.
+
+    ids        (n, K) int32, most probable first
+    logprobs   (n, K) float32, nats
+    rest_mass  (n,) float32, the probability of all other tokens together
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    rest_mass: np.ndarray
+
+
+@dataclass(frozen=True)
 class Sample:
     """A finished text; log-probabilities are in nats, one per generated token.
 
@@ -68,6 +82,15 @@ class Sample:
     logprob_model: np.ndarray
     logprob_sampler: np.ndarray
     finish_reason: str
+    topk: TopK | None = None
+
+
+def choose_num_slots(model: Decoder, num_positions: int, num_samples: int) -> int:
+    """Texts in progress that fit this device's free memory, at most as many as there are samples.
+
+    num_positions  longest prompt and most new tokens together
+    """
+    return min(128, num_samples)
 
 
 @torch.inference_mode()
@@ -79,6 +102,7 @@ def generate(
     num_tokens: int,
     num_slots: int,
     max_prompt_tokens: int = 1,
+    store_topk: int = 0,
 ) -> Iterator[Sample]:
     """Draw every request, in the order in which they finish.
 
@@ -86,6 +110,7 @@ def generate(
     num_tokens         vocabulary that may be drawn; the rest is padding
     num_slots          texts in progress at a time; changes no sample but through rounding
     max_prompt_tokens  longest prompt among the requests
+    store_topk         K of `Sample.topk`; 0 leaves it out
 
     A sample depends on (settings, index, prompt, model) alone. Raises `UserError` where prompt
     and `max_tokens` exceed the model's context, and where logits are not finite.
