@@ -8,7 +8,7 @@ export PYTHONUNBUFFERED = 1
 INSTALL_VENV = test "$$(id -u)" = 0 && rm -rf $(VENV) && \
   apt-get update -qq && apt-get install -qq -y python3-venv && $(PYTHON) -m venv $(VENV)
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench kill clean
 
 setup: $(VENV)/installed
 
@@ -40,6 +40,11 @@ lint: setup
 
 bench: setup
 	$(BIN)/python bench/speed.py
+	$(BIN)/python bench/sampler.py
+
+# Generations killed at random moments and resumed, against uninterrupted ones.
+kill: setup
+	$(BIN)/python bench/kill.py --kills 100
 
 clean:
 	rm -rf runs

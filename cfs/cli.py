@@ -6,26 +6,34 @@ import argparse
 import dataclasses
 import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
 import yaml
 
-from cfs.errors import UserError
+from cfs.errors import MainRankError, UserError
 
 Config = TypeVar("Config")
 
 EXIT_USER_ERROR = 2
+EXIT_SIGTERM = 128 + signal.SIGTERM
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
-def option(default: Any, meaning: str) -> Any:
-    """A dataclass field with its default and its line in `--help`."""
-    return dataclasses.field(default=default, metadata={"help": meaning})
+class Terminated(BaseException):
+    """SIGTERM, raised where the program is, so that it cleans up on its way out."""
+
+
+def option(default: Any, meaning: str, metavar: str | None = None) -> Any:
+    """A dataclass field with its default, its line in `--help` and there a name for its value."""
+    return dataclasses.field(default=default, metadata={"help": meaning, "metavar": metavar})
 
 
 def parse(
@@ -46,11 +54,18 @@ def parse(
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
         shown = "" if field.default is None else f" [{field.default}]"
+        hint = hints[field.name]
+        kind: dict[str, Any] = {
+            "type": hint,
+            "metavar": field.metadata["metavar"] or _metavar(hint),
+        }
+        if hint is bool:
+            kind, shown = {"action": "store_true"}, ""
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=hints[field.name],
             default=field.default,
             help=field.metadata["help"].replace("%", "%%") + shown,
+            **kind,
         )
     try:
         given = sys.argv[1:] if arguments is None else arguments
@@ -88,6 +103,16 @@ def _one_line(message: str, hints: dict[str, Any]) -> str:
     return f"{flag} {given[1]}: expected {_type_name(hints[named[1]])}"
 
 
+def _metavar(hint: Any) -> str | None:
+    """What `--help` shows for a flag's value; a choice shows its words."""
+    plain = [part for part in typing.get_args(hint) or (hint,) if part is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        plain = [hint]
+    if typing.get_origin(plain[0]) is typing.Literal:
+        return "{" + ",".join(map(str, typing.get_args(plain[0]))) + "}"
+    return METAVARS.get(plain[0])
+
+
 def _type_name(hint: Any) -> str:
     """A type as a person would say it: its name, or the words that it allows."""
     if typing.get_origin(hint) is typing.Literal:
@@ -103,22 +128,43 @@ def save_yaml(config: Any, path: Path, comments: list[str]) -> None:
     path.write_text(head + body, encoding="utf-8")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call an entry point; a `UserError` becomes one line on stderr and exit code 2."""
+def run(main: Callable[[], None], resumes: bool = False) -> None:
+    """Call an entry point; a `UserError` becomes one line on stderr and exit code 2.
+
+    resumes  the program goes on where it stopped: SIGTERM is answered by cleaning up and a line
+             that says so
+    """
+    program, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     code = 0
+    if resumes:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
-        print(f"{Path(sys.argv[0]).name}{where}: error: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, MainRankError):
+            print(f"{program}{where}: error: {error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         code = 130
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # gloo's threads may still hold tensors of the last collectives. One that frees a tensor
-        # while the interpreter shuts down aborts the process (pytorch issue 190489).
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    except Terminated:
+        if rank == "0":
+            print(f"{program}: stopped by SIGTERM; run again to resume", file=sys.stderr)
+        code = EXIT_SIGTERM
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process without the interpreter's own shutdown.
+
+    Threads of gloo and of pyarrow may outlive the work. One that frees a tensor while the
+    interpreter shuts down aborts the process (pytorch issue 190489, arrow issue 34314).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun and the shell may both send one
+    raise Terminated

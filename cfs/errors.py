@@ -7,3 +7,8 @@ class UserError(ValueError):
     The message names the file or flag, what was found, what was expected and the remedy.
     Every other exception is a bug of ours and keeps its traceback.
     """
+
+
+class MainRankError(UserError):
+    """A `UserError` of rank 0 as the other ranks raise it: they stop too, and leave it to rank 0
+    to say why."""

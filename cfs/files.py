@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from cfs.errors import UserError
 
 
 def fsync(path: Path) -> None:
@@ -16,6 +19,25 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def blaming(path: Path, remedy: str, deed: str = "written") -> Iterator[None]:
+    """Turn an `OSError` of the block into a `UserError`: `path`, the reason and the remedy.
+
+    A full disk, a quota and missing permissions are the user's to mend.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be {deed} ({reason}); {remedy}") from error
 
 
 @contextmanager

@@ -16,7 +16,8 @@ class Bar:
     """`with Bar("train", total) as bar: bar.advance(1, "loss 2.31")`."""
 
     def __init__(self, title: str, total: int, enabled: bool = True, first: int = 0) -> None:
-        self.title, self.total, self.done, self.enabled = title, total, first, enabled
+        self.title, self.total, self.enabled = title, total, enabled
+        self.first = self.done = first
         self.started = self.printed = time.monotonic()
         self.display: Progress | None = None
         if enabled and sys.stderr.isatty():
@@ -45,7 +46,9 @@ class Bar:
             if now - self.printed >= SECONDS_BETWEEN_LINES or self.done >= self.total:
                 self.printed = now
                 elapsed = now - self.started
-                print(f"{self.title} {self.done}/{self.total}  {elapsed:.0f} s  {note}", flush=True)
+                left = elapsed / max(self.done - self.first, 1) * (self.total - self.done)
+                shown = f"{elapsed:.0f} s" + (f", {left:.0f} s left" if left else "")
+                print(f"{self.title} {self.done}/{self.total}  {shown}  {note}", flush=True)
 
     def __exit__(
         self,

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfs.errors import UserError
+from cfs.errors import MainRankError, UserError
 
 Result = TypeVar("Result")
+
+PATIENCE = timedelta(days=7)
+"""How long ranks wait for what hosts do: files, and shares of a corpus that end hours apart."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    hosts: dist.ProcessGroup | None = None
+    """The same ranks over gloo with `PATIENCE`, for all but the devices' own arithmetic."""
 
     @property
     def is_main(self) -> bool:
@@ -35,7 +42,7 @@ class Ranks:
         return values
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """What `function` gives on rank 0, on every rank; its `UserError` is every rank's too."""
+        """What `function` gives on rank 0, on every rank; its `UserError` stops every rank."""
         if self.world_size == 1:
             return function()
         outcome: list[Any] = [None]
@@ -44,22 +51,36 @@ class Ranks:
                 outcome = [function()]
             except UserError as error:
                 outcome = [error]
-        dist.broadcast_object_list(outcome, src=0)
+        with _alive():
+            dist.broadcast_object_list(outcome, src=0, group=self.hosts)
         if isinstance(outcome[0], UserError):
-            raise outcome[0]
+            raise outcome[0] if self.is_main else MainRankError(str(outcome[0]))
         return outcome[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            with _alive():
+                dist.all_gather_object(values, value, group=self.hosts)
         return values
 
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world_size > 1:
-            dist.barrier()
+            with _alive():
+                dist.barrier(self.hosts)
+
+
+@contextmanager
+def _alive() -> Iterator[None]:
+    """A `UserError` where another rank has ended, which has its own message to say why."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "closed by peer" in str(error) or "reset by peer" in str(error):
+            raise UserError("another rank ended; its message says why") from error
+        raise
 
 
 def start(device: str) -> Ranks:
@@ -78,7 +99,11 @@ def start(device: str) -> Ranks:
         torch.cuda.set_device(target)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    return Ranks(dist.get_rank() if world_size > 1 else 0, world_size, target)
+    if world_size == 1:
+        return Ranks(0, 1, target)
+    hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(hosts, dist.ProcessGroup), "every rank is in the group of all"
+    return Ranks(dist.get_rank(), world_size, target, hosts)
 
 
 def finish() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from cfs import cli
 from cfs.cli import option, parse, run, save_yaml
 from cfs.errors import UserError
 from cfs.train.config import TrainConfig
@@ -79,8 +81,11 @@ def test_steps_follow_from_epochs_over_the_task_alone() -> None:
     assert TrainConfig().resolved("cpu", 64).max_length == 64
 
 
-def test_only_user_errors_lose_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_user_errors_lose_their_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches bugs of ours dressed up as mistakes of the user."""
+    monkeypatch.setattr(cli, "leave", sys.exit)
 
     def fail(error: Exception) -> None:
         raise error

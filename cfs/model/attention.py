@@ -1,20 +1,30 @@
 """The one gate to attention kernels: causal batches, prompts into a cache, cached decoding.
 
 A model calls `context.attend(layer, q, k, v)` and never learns which of the three it serves.
+Decoding has three routes: the flash-attn package, torch's varlen kernel, and plain torch.
 
 Shapes: B rows, T new positions, S cached positions, H heads, K KV heads, C channels per head.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cfs.errors import UserError
 from cfs.model.kv_cache import KVCache
+
+Route = Literal["flash", "varlen", "sdpa"]
+AskedRoute = Literal["auto", "flash", "varlen", "sdpa"]
+ROUTES: tuple[Route, ...] = ("flash", "varlen", "sdpa")
+"""Kernels of a decode step, the best first; sdpa is plain torch and runs anywhere."""
 
 
 class AttentionContext(Protocol):
@@ -56,17 +66,151 @@ class Prefill:
 class DecodeStep:
     """One new token in every cache row, each at a position of its own."""
 
-    def __init__(self, cache: KVCache, positions: Tensor, num_filled: int) -> None:
-        """positions (B,) int64; num_filled: 1 + the largest position, so that attention reads
-        the filled part of the cache and no more."""
-        self.cache, self.positions, self.num_filled = cache, positions, num_filled
+    def __init__(
+        self,
+        cache: KVCache,
+        positions: Tensor,
+        spans: Sequence[Span],
+        route: Route = "sdpa",
+    ) -> None:
+        """positions  (B,) int64, of the new tokens
+        spans      the rows in groups, and how far each group is filled with the new tokens: no
+                   route but flash and varlen, which look up each row's own fill, reads beyond it
+        """
+        self.cache, self.positions, self.route = cache, positions, route
         self.position_ids = positions[:, None]
-        filled = torch.arange(num_filled, device=positions.device)
-        self.mask = (filled <= positions[:, None])[:, None, None, :]  # (B, 1, 1, S)
+        if route == "sdpa":
+            self.groups = [(span, _bias(positions, span, cache.keys.dtype)) for span in spans]
+        else:
+            self.num_used = (positions + 1).to(torch.int32)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.append(layer, self.positions, k, v, self.num_filled)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=True)
+        cache = self.cache
+        cache.append(layer, self.positions, k, v)
+        keys, values = cache.keys[layer], cache.values[layer]
+        if self.route == "flash":
+            return _flash_decode(q, keys, values, self.num_used)
+        if self.route == "varlen":
+            return _varlen_decode(q, keys, values, self.num_used)
+        one_query = _two_products if q.device.type == "cpu" else _masked_sdpa
+        mixed = [
+            one_query(
+                q[s.rows], keys[s.rows, :, : s.num_filled], values[s.rows, :, : s.num_filled], bias
+            )
+            for s, bias in self.groups
+        ]
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+
+class Span(NamedTuple):
+    """Cache rows next to each other, none of them filled beyond `num_filled` positions."""
+
+    rows: slice
+    num_filled: int
+
+
+def _bias(positions: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
+    """(R, 1, 1, S), 0 where the row is filled and -inf behind that."""
+    places = torch.arange(span.num_filled, device=positions.device)
+    hidden = (places > positions[span.rows, None])[:, None, None, :]
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+        hidden, float("-inf")
+    )
+
+
+def _two_products(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """Attention of one query: on a CPU twice as fast as torch's kernel, which is made for many.
+
+    q (R, H, 1, C), keys and values (R, K, S, C), bias (R, 1, 1, S) -> (R, H, 1, C).
+    """
+    num_rows, num_heads, _, width = q.shape
+    grouped = q.reshape(num_rows * keys.shape[1], -1, width) / math.sqrt(width)
+    scores = torch.bmm(keys.flatten(0, 1), grouped.transpose(1, 2)).transpose(1, 2)
+    scores = scores.reshape(num_rows, keys.shape[1], -1, keys.shape[2]) + bias
+    weights = scores.float().softmax(-1).to(values.dtype).flatten(0, 1)
+    return torch.bmm(weights, values.flatten(0, 1)).view(num_rows, num_heads, 1, width)
+
+
+def _masked_sdpa(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, enable_gqa=True)
+
+
+def _flash_decode(q: Tensor, keys: Tensor, values: Tensor, num_used: Tensor) -> Tensor:
+    """The flash-attn package; num_used (B,) int32 positions of each row."""
+    from flash_attn import flash_attn_with_kvcache  # type: ignore[import-not-found]
+
+    by_position = (x.transpose(1, 2) for x in (q, keys, values))
+    mixed = flash_attn_with_kvcache(*by_position, cache_seqlens=num_used, causal=True)
+    return mixed.transpose(1, 2)
+
+
+def _varlen_decode(q: Tensor, keys: Tensor, values: Tensor, num_used: Tensor) -> Tensor:
+    """torch's own flash kernel; the cache lies position by position, B rows of S."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    num_rows, _, num_positions, _ = keys.shape
+    ends = torch.arange(num_rows + 1, dtype=torch.int32, device=q.device)
+    mixed = varlen_attn(
+        q.squeeze(2),
+        keys.transpose(1, 2).flatten(0, 1),
+        values.transpose(1, 2).flatten(0, 1),
+        ends,
+        ends * num_positions,
+        1,
+        num_positions,
+        enable_gqa=True,
+        seqused_k=num_used,
+    )
+    assert isinstance(mixed, Tensor), "only return_aux makes it a pair"
+    return mixed.unsqueeze(2)
+
+
+# ------------------------------------------------------------------------------ which route
+
+
+def choose_route(asked: AskedRoute, device: torch.device, dtype: torch.dtype) -> Route:
+    """The decode route to take. `UserError` where the one asked for is not available here."""
+    for route in ROUTES:
+        reason = why_not(route, device, dtype)
+        if asked == route and reason is not None:
+            raise UserError(f"--attention {asked}: {reason}; use --attention auto")
+        if asked in (route, "auto") and reason is None:
+            return route
+    raise AssertionError("sdpa is always available")
+
+
+def _help() -> str:
+    is_cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if is_cuda else "cpu")
+    states = [(route, why_not(route, device, torch.bfloat16)) for route in ROUTES]
+    here = "; ".join(f"{route}: {reason or 'available'}" for route, reason in states)
+    return f"kernel of the decode step: auto (the best available), {', '.join(ROUTES)}. Here {here}"
+
+
+def why_not(route: Route, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a route cannot be taken with tensors of this device and dtype; None if it can."""
+    if route == "sdpa":
+        return None
+    if device.type != "cuda":
+        return f"needs CUDA, not {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if route == "flash":
+        found = importlib.util.find_spec("flash_attn") is not None
+        return None if found else "the package flash-attn is not installed"
+    return None if _varlen_knows_caches() else "torch's varlen_attn lacks seqused_k (2.12 has it)"
+
+
+def _varlen_knows_caches() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "seqused_k" in inspect.signature(varlen_attn).parameters
+
+
+ATTENTION_HELP = _help()
+"""One line for `--help`: the routes, and which are available here."""
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -21,10 +21,17 @@ class KVCache:
         num_positions: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        by_position: bool = False,
     ) -> None:
-        shape = (config.num_layers, num_rows, config.num_kv_heads, num_positions, config.head_dim)
+        """by_position: heads of one position side by side in memory, as the flash kernels read;
+        else positions of one head. Either way `keys` and `values` are (layers, B, K, S, C)."""
+        shape = [config.num_layers, num_rows, config.num_kv_heads, num_positions, config.head_dim]
+        if by_position:
+            shape[2], shape[3] = shape[3], shape[2]
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        if by_position:
+            self.keys, self.values = self.keys.transpose(2, 3), self.values.transpose(2, 3)
         self.row_ids = torch.arange(num_rows, device=device)
 
     def write_prompts(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
@@ -33,19 +40,15 @@ class KVCache:
         self.keys[layer, rows, :, :num_positions] = k
         self.values[layer, rows, :, :num_positions] = v
 
-    def append(
-        self, layer: int, positions: Tensor, k: Tensor, v: Tensor, num_filled: int
-    ) -> tuple[Tensor, Tensor]:
-        """Put k and v (B, K, 1, C) at `positions` (B,) int64; views (B, K, num_filled, C) back."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys[self.row_ids, :, positions] = k[:, :, 0]
-        values[self.row_ids, :, positions] = v[:, :, 0]
-        return keys[:, :, :num_filled], values[:, :, :num_filled]
+    def append(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put k and v (B, K, 1, C) at `positions` (B,) int64."""
+        self.keys[layer][self.row_ids, :, positions] = k[:, :, 0]
+        self.values[layer][self.row_ids, :, positions] = v[:, :, 0]
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Let row `target` hold what row `source` holds."""
-        self.keys[:, target] = self.keys[:, source]
-        self.values[:, target] = self.values[:, source]
+    def copy_row(self, source: int, target: int, num_filled: int) -> None:
+        """Let row `target` hold the first `num_filled` positions of row `source`."""
+        for tensor in (self.keys, self.values):
+            tensor[:, target, :, :num_filled] = tensor[:, source, :, :num_filled]
 
     def keep_first(self, num_rows: int) -> None:
         """Go on with the first `num_rows` rows; the memory stays as it is."""

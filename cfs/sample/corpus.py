@@ -5,63 +5,40 @@
                        against what it is asked for
 `OUT/part-00000.parquet ...`  samples [0, 256), [256, 512), ... in rising order of index
 
-Part k is the work of rank k mod world_size. What a part holds depends on its number alone, so
-any number of ranks writes the same corpus, and an interrupted one goes on with the parts it lacks.
+What a part holds depends on its number alone, so any number of ranks writes the same corpus, and
+an interrupted one goes on with the parts it lacks. A damaged part is drawn again by opening the
+corpus anew: without its manifest it is one that lacks that part.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any, TextIO
 
 from cfs.errors import UserError
-from cfs.files import write_atomically, writing_file
-from cfs.model import Decoder
-from cfs.sample.sampler import Request, Sample, SamplingSettings, generate
+from cfs.files import blaming, fsync, write_atomically
+from cfs.sample.parts import (
+    REPAIR,
+    RESUME,
+    is_intact,
+    part_file,
+    read_part,
+    record_sha256,
+    recorded_sha256,
+    remove_records,
+)
+from cfs.sample.sample import Sample
+from cfs.sample.settings import VERSION, CorpusSettings
 
 SAMPLES_PER_PART = 256
 MANIFEST, SETTINGS, LOCK = "manifest.json", "settings.json", ".lock"
-SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("num_prompt_tokens", pa.int32()),
-        ("logprob_model", pa.list_(pa.float32())),
-        ("logprob_sampler", pa.list_(pa.float32())),
-        ("finish_reason", pa.string()),
-        ("text", pa.string()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class CorpusSettings:
-    """Everything that decides a corpus's rows, up to float rounding."""
-
-    model: str
-    """Fingerprint of the checkpoint's files."""
-    tokenizer: str
-    """Fingerprint of the tokenizer."""
-    num_samples: int
-    prompt_ids: list[int]
-    sampling: SamplingSettings
-    dtype: str
-    version: int = field(default=1)
-
-    def fingerprint(self) -> str:
-        """Name of the corpus in the cache: 16 hexadecimal digits."""
-        content = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+STALE = re.compile(r"\.+(part-\d+\.(parquet|sha256)|settings\.json|manifest\.json)\.tmp-\d+")
 
 
 @dataclass(frozen=True)
@@ -72,93 +49,147 @@ class Corpus:
     samples: list[Sample]
 
 
-def model_fingerprint(directory: str | Path) -> str:
-    """SHA-256 over config.json and every safetensors file of a checkpoint."""
-    digest = hashlib.sha256()
-    for file in [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]:
-        digest.update(f"{file.name} {_sha256(file)}\n".encode())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class OpenedCorpus:
+    """What a corpus lacks."""
+
+    missing: list[int]
+    """Parts to draw."""
+    damaged: list[str]
+    """File names of those among them that were there, or ought to have been."""
+    is_complete: bool
+    """Every part is there and so is the manifest."""
 
 
-def write_corpus(
-    directory: str | Path,
-    model: Decoder,
-    settings: CorpusSettings,
-    eos_id: int,
-    num_tokens: int,
-    num_slots: int,
-    decode: Callable[[list[int]], str],
-    parts: list[range],
-    on_sample: Callable[[Sample], None] = lambda sample: None,
-) -> None:
-    """Draw some parts, between one `begin_corpus` and one `finish_corpus`.
-
-    decode     generated ids to the `text` column
-    parts      sample indices of each, from `missing_parts`
-    on_sample  called for each finished sample, for progress
-    """
-    done: dict[range, list[Sample]] = {part: [] for part in parts}
-    part_of = {i: part for part in parts for i in part}
-    requests = (Request(i, settings.prompt_ids) for i in part_of)
-    for sample in generate(
-        model,
-        requests,
-        settings.sampling,
-        eos_id,
-        num_tokens,
-        num_slots,
-        max_prompt_tokens=len(settings.prompt_ids),
-    ):
-        on_sample(sample)
-        part = part_of[sample.index]
-        done[part].append(sample)
-        if len(done[part]) == len(part):
-            rows = sorted(done.pop(part), key=lambda s: s.index)
-            with writing_file(_file(Path(directory), part)) as temporary:
-                pq.write_table(_table(rows, decode), temporary)
+def num_parts(num_samples: int) -> int:
+    """Files that so many samples fill."""
+    return -(-num_samples // SAMPLES_PER_PART)
 
 
-def missing_parts(
-    directory: str | Path, settings: CorpusSettings, rank: int, world_size: int
-) -> list[range]:
-    """The sample indices of each part that this rank has yet to draw."""
-    own = _parts(settings.num_samples)[rank::world_size]
-    return [part for part in own if not _file(Path(directory), part).exists()]
+def part_number(index: int) -> int:
+    """The part that sample `index` is in."""
+    return index // SAMPLES_PER_PART
+
+
+def part_range(number: int, num_samples: int) -> range:
+    """Sample indices of part `number`."""
+    start = number * SAMPLES_PER_PART
+    return range(start, min(start + SAMPLES_PER_PART, num_samples))
+
+
+# ------------------------------------------------------------------------------------ writing
 
 
 @contextmanager
-def opened_corpus(directory: str | Path, settings: CorpusSettings) -> Iterator[bool]:
-    """Hold the corpus against other processes; is it complete already?
+def opened_corpus(
+    directory: str | Path, settings: CorpusSettings, repair: bool = False
+) -> Iterator[OpenedCorpus]:
+    """Hold the corpus against other processes, and say what it lacks.
 
-    An absent one is begun. While another run draws the same corpus this waits for it. Raises
-    `UserError` where the directory cannot be made, or holds something else.
+    repair  read every part of a finished corpus too, and open it anew where one is damaged;
+            without it a finished corpus is taken at its manifest's word, which reading checks
+
+    An absent corpus is begun. While another run draws the same corpus this waits for it. Raises
+    `UserError` where the directory cannot be written, or holds something else.
     """
     out = Path(directory)
-    try:
+    if repair and not any((out / name).is_file() for name in (SETTINGS, MANIFEST)):
+        raise UserError(f"--repair: {out} holds no corpus; leave the flag out to draw one")
+    with blaming(out, "choose another --out"):
+        if out.is_dir():
+            check_settings(out, settings, repair)  # before a lock file is left where none belongs
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / LOCK).open("w")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{out}: another run is drawing this corpus; waiting for it", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        check_settings(out, settings)
-        write_atomically(out / SETTINGS, json.dumps(asdict(settings), indent=2) + "\n")
-        yield is_complete(out)
+        with blaming(out, "choose another --out"):
+            _wait_for(lock, out)
+        check_settings(out, settings, repair)
+        with blaming(out, RESUME):
+            for file in out.iterdir():
+                if STALE.fullmatch(file.name):  # of a process that was killed
+                    file.unlink(missing_ok=True)
+            write_atomically(out / SETTINGS, json.dumps(asdict(settings), indent=2) + "\n")
+            opened = _look(out, settings.num_samples, repair)
+        yield opened
 
 
 def finish_corpus(directory: str | Path, settings: CorpusSettings) -> None:
     """Write the manifest over a corpus whose parts are all there."""
     out = Path(directory)
     parts = []
-    for part in _parts(settings.num_samples):
-        file = _file(out, part)
-        parts.append({"file": file.name, "samples": len(part), "sha256": _sha256(file)})
+    for number in range(num_parts(settings.num_samples)):
+        file, samples = part_file(out, number), len(part_range(number, settings.num_samples))
+        digest = recorded_sha256(file)
+        assert digest is not None, f"{file.name} was drawn without its record"
+        parts.append({"file": file.name, "samples": samples, "sha256": digest})
     manifest = {"settings": asdict(settings), "num_samples": settings.num_samples, "parts": parts}
-    write_atomically(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    with blaming(out / MANIFEST, RESUME):
+        write_atomically(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        remove_records(out)
+
+
+def _wait_for(lock: TextIO, out: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{out}: another run is drawing this corpus; waiting for it", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _look(out: Path, num_samples: int, repair: bool) -> OpenedCorpus:
+    """Which parts are missing or are not what was recorded when they were drawn?"""
+    was_finished = is_complete(out)
+    if was_finished and repair:
+        _record_manifest(out)
+    elif was_finished:
+        remove_records(out)  # a kill may have left some
+        return OpenedCorpus([], [], is_complete=True)
+    files = [part_file(out, number) for number in range(num_parts(num_samples))]
+    missing = [n for n, file in enumerate(files) if not is_intact(file, recorded_sha256(file))]
+    if was_finished and not missing:
+        remove_records(out)
+        return OpenedCorpus([], [], is_complete=True)
+    if was_finished:
+        (out / MANIFEST).unlink()
+        fsync(out)
+    damaged = [files[n].name for n in missing if was_finished or files[n].exists()]
+    return OpenedCorpus(missing, damaged, is_complete=False)
+
+
+def _record_manifest(out: Path) -> None:
+    """Let each part's record say what the manifest says, so that a kill without it costs no part.
+
+    Of a damaged manifest nothing is taken over: what no record vouches for is drawn again.
+    """
+    with suppress(UserError):
+        for part in read_manifest(out)["parts"]:
+            record_sha256(out / part["file"], part["sha256"])
+
+
+# ----------------------------------------------------------------------------------- checking
+
+
+def check_settings(directory: Path, settings: CorpusSettings, repair: bool = False) -> None:
+    """Refuse to mix two corpora: `UserError` names the first setting that differs."""
+    there = _settings_there(directory, repair)
+    if there is None:
+        if any(not file.name.startswith(".") for file in directory.iterdir()):
+            raise UserError(f"{directory}: not empty and not a corpus; choose another --out")
+        return
+    difference = settings.difference(there)
+    if difference is not None:
+        raise UserError(f"{directory}: was {difference}; choose another --out or the same settings")
+
+
+def _settings_there(directory: Path, repair: bool) -> dict[str, Any] | None:
+    """The settings a corpus was begun with; with `repair` the manifest's where they are lost."""
+    try:
+        if (directory / SETTINGS).is_file():
+            return read_json(directory / SETTINGS)
+    except UserError:
+        if not repair or not is_complete(directory):
+            raise
+    return read_manifest(directory)["settings"] if is_complete(directory) else None
 
 
 def is_complete(directory: str | Path) -> bool:
@@ -166,94 +197,55 @@ def is_complete(directory: str | Path) -> bool:
     return (Path(directory) / MANIFEST).is_file()
 
 
-def check_settings(directory: Path, settings: CorpusSettings) -> None:
-    """Refuse to mix two corpora: `UserError` names the first setting that differs."""
-    if not (directory / SETTINGS).is_file():
-        if any(not file.name.startswith(".") for file in directory.iterdir()):
-            raise UserError(f"{directory}: not empty and not a corpus; choose another --out")
-        return
-    there = _flat(_read_json(directory / SETTINGS))
-    for key, wanted in _flat(json.loads(json.dumps(asdict(settings)))).items():
-        if there.get(key) != wanted:
-            raise UserError(
-                f"{directory}: was begun with {key}={there.get(key)!r}, not {wanted!r}; "
-                "choose another --out or the same settings"
-            )
+# ------------------------------------------------------------------------------------ reading
 
 
-def read_corpus(directory: str | Path) -> Corpus:
-    """Every sample of a closed corpus. `UserError` for one that is missing, open or damaged."""
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of a closed corpus. `UserError` for one that is missing, open or damaged."""
     out = Path(directory)
     if not is_complete(out):
         state = (
             "is not finished; run generate.py again to go on" if out.is_dir() else "is not there"
         )
         raise UserError(f"{out}: corpus {state}")
-    manifest = _read_json(out / MANIFEST)
-    samples: list[Sample] = []
-    for part in manifest["parts"]:
-        file = out / part["file"]
-        if not file.is_file() or _sha256(file) != part["sha256"]:
-            found = "is damaged" if file.is_file() else "is missing"
-            raise UserError(
-                f"{file}: {found} (SHA-256 differs from {MANIFEST}); delete the corpus and "
-                "generate it again"
-            )
-        samples += _samples(pq.read_table(file, schema=SCHEMA))
-    return Corpus(manifest, samples)
-
-
-def _parts(num_samples: int) -> list[range]:
-    """Sample indices of each part."""
-    starts = range(0, num_samples, SAMPLES_PER_PART)
-    return [range(s, min(s + SAMPLES_PER_PART, num_samples)) for s in starts]
-
-
-def _file(out: Path, part: range) -> Path:
-    return out / f"part-{part.start // SAMPLES_PER_PART:05d}.parquet"
-
-
-def _table(samples: list[Sample], decode: Callable[[list[int]], str]) -> pa.Table:
-    columns = {
-        "index": [s.index for s in samples],
-        "input_ids": [s.input_ids for s in samples],
-        "num_prompt_tokens": [s.num_prompt_tokens for s in samples],
-        "logprob_model": [s.logprob_model for s in samples],
-        "logprob_sampler": [s.logprob_sampler for s in samples],
-        "finish_reason": [s.finish_reason for s in samples],
-        "text": [decode(s.input_ids[s.num_prompt_tokens :].tolist()) for s in samples],
-    }
-    return pa.table(columns, schema=SCHEMA)
-
-
-def _samples(table: pa.Table) -> Iterator[Sample]:
-    ids, model, sampler = (
-        [np.asarray(value.values) for value in table[name]]
-        for name in ("input_ids", "logprob_model", "logprob_sampler")
-    )
-    scalars = table.select(["index", "num_prompt_tokens", "finish_reason"]).to_pylist()
-    for row, scalar in enumerate(scalars):
-        yield Sample(
-            input_ids=ids[row], logprob_model=model[row], logprob_sampler=sampler[row], **scalar
-        )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
+    manifest = read_json(out / MANIFEST)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        version = manifest["settings"]["version"]
+        files = [part["file"] for part in manifest["parts"] if part["sha256"]]
+        count = sum(part["samples"] for part in manifest["parts"])
+        sound = count == manifest["num_samples"] and version >= 1
+    except (KeyError, TypeError):
+        version, sound, files = 0, False, []
+    if not sound or files != [part_file(out, k).name for k in range(len(files))]:
+        raise UserError(f"{out / MANIFEST}: damaged (it does not list its parts); {REPAIR}")
+    if version > VERSION:
+        raise UserError(f"{out}: is in version {version} of the format; this cfs reads {VERSION}")
+    return manifest
+
+
+def stream_corpus(directory: str | Path) -> Iterator[Sample]:
+    """The samples of a closed corpus in rising order, held one part at a time.
+
+    Each part is checked as it is reached. Raises `UserError` like `read_corpus`.
+    """
+    for part in read_manifest(directory)["parts"]:
+        yield from read_part(Path(directory) / part["file"], part["sha256"])
+
+
+def read_corpus(directory: str | Path) -> Corpus:
+    """Every sample of a closed corpus. `UserError` for one that is missing, open or damaged."""
+    return Corpus(read_manifest(directory), list(stream_corpus(directory)))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object that this module wrote."""
+    try:
+        with blaming(file, "check its permissions and its disk", "read"):
+            content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(
-            f"{file}: damaged ({error}); delete the corpus and draw it again"
-        ) from error
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: damaged ({error}); {REPAIR}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file}: damaged (no object); delete the corpus and draw it again")
+        raise UserError(f"{file}: damaged (no object); {REPAIR}")
     return content
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in settings.items() if k != "sampling"} | settings.get("sampling", {})
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

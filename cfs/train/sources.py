@@ -13,15 +13,17 @@ from cfs.data.tokenizer import Tokenizer
 from cfs.errors import UserError
 from cfs.model import Decoder
 from cfs.ranks import Ranks
-from cfs.sample.context_free import draw_corpus
-from cfs.sample.corpus import Corpus, CorpusSettings, model_fingerprint, read_corpus
-from cfs.sample.sampler import SamplingSettings
+from cfs.sample.corpus import Corpus, read_corpus
+from cfs.sample.draw import Drawing, draw_corpus
+from cfs.sample.prompts import Prompts
+from cfs.sample.sample import SamplingSettings
+from cfs.sample.sampler import choose_num_slots
+from cfs.sample.settings import CorpusSettings, model_fingerprint
 from cfs.train.config import TrainConfig
 from cfs.train.kl import HeldOutSamples
 
 HELD_OUT_SEED = 2**32
 """Added to the run's seed for the samples that measure the KL, so that training never sees them."""
-SAMPLING_SLOTS = 256
 TINYWORLD_TASK_EXAMPLES = 6000
 
 
@@ -107,4 +109,7 @@ def cached_corpus(
         dtype=str(base.embed_tokens.weight.dtype).removeprefix("torch."),
     )
     place = Path(config.corpora) / settings.fingerprint()
-    return draw_corpus(place, base, tokenizer, settings, SAMPLING_SLOTS, ranks)
+    slots = choose_num_slots(base, 1 + sampling.max_tokens, -(-num_samples // ranks.world_size))
+    drawing = Drawing(base, tokenizer, Prompts([[tokenizer.seed_id]]), slots)
+    draw_corpus(place, settings, lambda: drawing, ranks)
+    return read_corpus(place)

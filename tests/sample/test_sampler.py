@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,13 @@ import pytest
 import torch
 
 from cfs.errors import UserError
-from cfs.model import Decoder, load_model
-from cfs.sample.sampler import Request, Sample, SamplingSettings, generate
-from tests.conftest import tiny_model
+from cfs.model import Decoder, build_model, load_model
+from cfs.model.attention import Span
+from cfs.model.config import parse_config
+from cfs.sample.sample import Request, Sample, SamplingSettings
+from cfs.sample.sampler import Usage, choose_num_slots, generate
+from cfs.sample.slots import Slots
+from tests.conftest import tiny_config, tiny_model
 
 EOS, FEW = 0, 12  # of few tokens end-of-text is drawn often
 
@@ -49,10 +54,13 @@ def one_by_one(
 
 PROMPTS = [[EOS]] * 40
 MIXED = [[EOS, *range(1, 1 + i % 7)] for i in range(40)]
+MANY = MIXED * 6
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, MIXED])
-@pytest.mark.parametrize("num_slots", [1, 7, 64])
+@pytest.mark.parametrize(
+    ("prompts", "num_slots"),
+    [(PROMPTS, 1), (PROMPTS, 7), (PROMPTS, 64), (MIXED, 1), (MIXED, 7), (MANY, 100)],
+)
 def test_samples_do_not_depend_on_the_batch(prompts: list[list[int]], num_slots: int) -> None:
     """Catches a refill that leaks the slot's last text, a shared counter, a wrong prefill."""
     model = tiny_model("llama", num_key_value_heads=2, vocab_size=FEW)
@@ -80,6 +88,80 @@ def test_logprobs_equal_a_fresh_forward_pass() -> None:
         assert (
             sample.logprob_sampler >= tempered.log().gather(-1, drawn)[:, 0].numpy() - 1e-4
         ).all()
+
+
+def test_topk_is_the_head_of_the_full_law() -> None:
+    """Catches top-k of another position or row, or of the truncated law, slots moving included."""
+    model = tiny_model("llama")
+    settings = SamplingSettings(max_tokens=24, temperature=0.7, top_p=0.8, seed=1)
+    requests = [Request(i, prompt) for i, prompt in enumerate(MANY)]
+    samples = list(generate(model, requests, settings, EOS, FEW, 70, 7, store_topk=5))
+    assert len(samples) == len(MANY)
+    for sample in samples[::5]:
+        ids = torch.from_numpy(sample.input_ids).long()[None]
+        with torch.no_grad():
+            law = model(ids)[0, sample.num_prompt_tokens - 1 : -1].log_softmax(-1)
+        values, tokens = law.topk(5)
+        assert sample.topk is not None
+        assert sample.topk.ids.shape == (len(sample.logprob_model), 5)
+        assert (sample.topk.ids == tokens.numpy()).all()
+        np.testing.assert_allclose(sample.topk.logprobs, values.numpy(), atol=1e-4)
+        rest = 1 - values.exp().sum(-1).numpy()
+        np.testing.assert_allclose(sample.topk.rest_mass, rest, atol=1e-5)
+
+
+def test_topk_beyond_the_vocabulary_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--store-topk 98: expected from 0 to 97"):
+        list(generate(tiny_model(), [], SamplingSettings(4), EOS, 97, 1, store_topk=98))
+
+
+def test_slots_are_kept_at_work() -> None:
+    """Catches slots that wait for a batch to end: at least 95 % of slot-steps make a token."""
+    model = tiny_model(vocab_size=FEW)
+    for prompts in ([[EOS]] * 400, MIXED * 10):
+        usage = Usage()
+        requests = [Request(i, prompt) for i, prompt in enumerate(prompts)]
+        settings = SamplingSettings(max_tokens=100, top_p=1.0)
+        samples = list(generate(model, requests, settings, EOS, FEW, 64, 7, usage=usage))
+        tokens = sum(len(sample.logprob_model) for sample in samples)
+        assert usage.tokens == tokens
+        assert usage.tokens >= 0.95 * usage.slot_steps
+
+
+def test_requests_are_taken_a_few_at_a_time() -> None:
+    """Catches a sampler whose memory grows with the number of samples asked for."""
+    taken = 0
+
+    def endless() -> Iterator[Request]:
+        nonlocal taken
+        while True:
+            yield Request(taken, [EOS])
+            taken += 1
+
+    model = tiny_model(vocab_size=FEW)
+    samples = generate(model, endless(), SamplingSettings(max_tokens=9), EOS, FEW, 16)
+    for _ in range(1000):
+        next(samples)
+    assert taken < 1000 + 16 + 1024
+
+
+def test_the_device_step_asks_the_host_nothing() -> None:
+    """Catches a read of a tensor's value in the step, which would break the CUDA graph of it: a
+    meta tensor has no values to read. Takes the bisection, as CUDA does."""
+    model = build_model(parse_config(tiny_config("llama")), device="meta").requires_grad_(False)
+    settings = SamplingSettings(max_tokens=8)
+    slots = Slots(model, settings, EOS, 90, 4, 12, store_topk=3, attention="auto")
+    flags = slots.device_step([Span(slice(0, 4), 5)])
+    assert flags.shape == (2, 4)
+
+
+def test_automatic_slots_follow_vocabulary_and_need() -> None:
+    """Catches slots without a sample, and logits of a step that outgrow a processor's cache."""
+    model = tiny_model()
+    assert choose_num_slots(model, 100, num_samples=10) == 10
+    assert choose_num_slots(model, 100, num_samples=10**6) == 256
+    large = tiny_model(vocab_size=50_304)
+    assert choose_num_slots(large, 100, num_samples=10**6) == 128
 
 
 def test_stopping() -> None:
@@ -141,12 +223,18 @@ def test_bad_settings_are_named(bad: dict[str, float]) -> None:
 
 
 def test_tinyworld_samples_are_batch_invariant(tinyworld: Path) -> None:
-    """The same on the shipped model, where texts look like texts."""
+    """The same on the shipped model, where texts look like texts. As a sample does not depend on
+    how many are drawn, the slower ways draw the first ones only; `bench/sampler.py --only exact`
+    draws all of them every way."""
     model = load_model(tinyworld)
     settings = SamplingSettings(max_tokens=100, seed=9)
-    runs = [
-        list(generate(model, [Request(i, [0]) for i in range(60)], settings, 0, 1000, slots))
-        for slots in (1, 7, 64)
-    ]
-    texts = [{s.index: s.input_ids.tolist() for s in run} for run in runs]
-    assert texts[0] == texts[1] == texts[2]
+
+    def texts(count: int, slots: int) -> dict[int, list[int]]:
+        requests = [Request(i, [0]) for i in range(count)]
+        samples = generate(model, requests, settings, 0, 1000, slots)
+        return {s.index: s.input_ids.tolist() for s in samples}
+
+    expected = texts(2000, 256)
+    for count, slots in ((40, 1), (300, 7), (2000, 64)):
+        differing = [i for i, ids in texts(count, slots).items() if ids != expected[i]]
+        assert not differing, f"{slots} slots"

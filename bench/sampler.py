@@ -1,0 +1,574 @@
+"""The sampler's speed, as ratios within one run: against `transformers`, and against the hardware.
+
+    python bench/sampler.py                    everything that this machine can show
+    python bench/sampler.py --only step exact  some of the tables
+
+compare   useful tokens/s beside `transformers` generate at several batch sizes
+step      a decode step beside its own matrix products and cache reads, and its draw
+exact     samples that depend on slots or ranks
+bfloat16  stored log-probabilities beside a float32 forward pass
+ranks     one process with all threads beside one process a core
+memory    peak memory and tokens/s over the number of TinyWorld samples
+gpu       OLMo-1B and Llama-8B shapes on CUDA; "not measured" without it
+
+Models are random. Their input table has a direction of its own and the head's row of end-of-text
+is laid along it, so that a text ends at each token with a chance of about 0.7 % (a mean length of
+116 within 256 tokens); all other logits have a standard deviation of 2.7.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import tokenizers
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cfs.assets import TINYWORLD_DIR
+from cfs.model import Decoder, build_model, load_model, save_model
+from cfs.model.attention import DecodeStep
+from cfs.model.config import parse_config
+from cfs.model.packed import packed_for_decoding
+from cfs.sample.corpus import read_corpus
+from cfs.sample.sample import Request, SamplingSettings
+from cfs.sample.sampler import Usage, choose_num_slots, generate
+from cfs.sample.sampling import draw
+from cfs.sample.slots import Slots
+
+HAZARD, MAX_TOKENS, NUM_SAMPLES, TOP_P = 0.0072, 256, 256, 0.95
+EOS = 0
+REPEATS = 3
+ROOT = Path(__file__).parent.parent
+HBM_BYTES, PEAK_FLOPS = 4.8e12, 989e12
+"""An H200's memory bandwidth and dense bfloat16 rate: the roofline of the gpu table."""
+CPU_SHAPES = ("olmo-50304", "llama-128256")
+SHAPES = {
+    "olmo-50304": {
+        "architectures": ["OlmoForCausalLM"],
+        "model_type": "olmo",
+        "vocab_size": 50304,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
+    "llama-128256": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5,
+    },
+    "olmo-1b": {
+        "architectures": ["OlmoForCausalLM"],
+        "model_type": "olmo",
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
+    "llama-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+    },
+}
+
+
+def config_of(shape: str) -> dict[str, Any]:
+    """The content of the model's config.json."""
+    return SHAPES[shape] | {
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+        "pad_token_id": EOS,
+        "torch_dtype": "float32",
+    }
+
+
+@torch.inference_mode()
+def random_model(
+    shape: str, dtype: torch.dtype = torch.float32, device: str = "cpu", hazard: float = HAZARD
+) -> Decoder:
+    """A model whose texts end by end-of-text with about `hazard` at each token."""
+    config = parse_config(config_of(shape))
+    generator = torch.Generator(device).manual_seed(0)
+    model = build_model(config, device="meta").to(dtype).to_empty(device=device)
+    width = config.hidden_size
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0)
+        else:
+            std = 2.7 / width**0.5 if name.startswith("lm_head") else 0.02
+            parameter.normal_(0.0, std, generator=generator)
+    direction = torch.randn(width, generator=generator, device=device, dtype=torch.float32)
+    direction = (direction - direction.mean()) / direction.std()
+    model.embed_tokens.weight += (0.5 * direction).to(dtype)
+    texts = torch.randint(1, config.vocab_size, (8, 64), generator=generator, device=device)
+    logits = model(texts).flatten(0, 1).float()
+    # The row of end-of-text is scale * direction: find the scale at which its chance is the hazard.
+    probe = direction / width
+    model.lm_head.weight[EOS] = probe.to(dtype)  # type: ignore[union-attr]
+    along = model(texts)[..., EOS].flatten().float()
+    others = logits[:, 1:].logsumexp(-1)
+    low, high = 0.0, 100.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        chance = (along * middle - others).sigmoid().mean().item()
+        low, high = (middle, high) if chance < hazard else (low, middle)
+    model.lm_head.weight[EOS] = (low * probe).to(dtype)  # type: ignore[union-attr]
+    return model.eval()
+
+
+def settings(max_tokens: int = MAX_TOKENS, seed: int = 0) -> SamplingSettings:
+    return SamplingSettings(max_tokens, temperature=1.0, top_p=TOP_P, seed=seed)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def ours(
+    model: Decoder, num_slots: int, num_samples: int = NUM_SAMPLES, max_tokens: int = MAX_TOKENS
+) -> tuple[float, float, float]:
+    """Useful tokens/s, mean length, useful share of slot-steps."""
+    usage = Usage()
+    requests = (Request(i, [EOS]) for i in range(num_samples))
+    synchronize(model.embed_tokens.weight.device)
+    started = time.perf_counter()
+    lengths = [
+        len(sample.logprob_model)
+        for sample in generate(
+            model,
+            requests,
+            settings(max_tokens),
+            EOS,
+            model.config.vocab_size,
+            num_slots,
+            usage=usage,
+        )
+    ]
+    elapsed = time.perf_counter() - started
+    return sum(lengths) / elapsed, statistics.mean(lengths), usage.tokens / usage.slot_steps
+
+
+# ------------------------------------------------------------------------------------- compare
+
+
+def theirs(model: Any, batch: int, seed: int) -> tuple[float, float]:
+    """Useful tokens/s and mean length of one `transformers` batch, which waits for its longest."""
+    torch.manual_seed(seed)
+    prompts = torch.full((batch, 1), EOS)
+    started = time.perf_counter()
+    texts = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=True,
+        temperature=1.0,
+        top_p=TOP_P,
+        top_k=0,
+        max_new_tokens=MAX_TOKENS,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+    elapsed = time.perf_counter() - started
+    ended = texts[:, 1:] == EOS
+    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, texts.shape[1] - 1)
+    return lengths.sum().item() / elapsed, lengths.float().mean().item()
+
+
+def compare(console: Console, batches: list[int]) -> None:
+    """Interleaved: a run of ours, a batch of theirs, and so on; float32 and the same weights."""
+    from transformers import AutoModelForCausalLM
+
+    table = columns(
+        "Useful tokens/s beside transformers generate, float32, top-p 0.95, at most 256 tokens",
+        ("model", "what", "tokens/s", "runs", "mean length", "useful slot-steps", "ratio"),
+    )
+    for shape in CPU_SHAPES:
+        model = random_model(shape)
+        slots = choose_num_slots(model, 1 + MAX_TOKENS, NUM_SAMPLES)
+        with tempfile.TemporaryDirectory() as directory:
+            save_model(model, directory)
+            reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        mine, others = [], {batch: [] for batch in (batches if shape == CPU_SHAPES[0] else [64])}
+        for batch in others:
+            mine.append(ours(model, slots))
+            others[batch].append(theirs(reference, batch, seed=batch))
+        mine.append(ours(model, slots))
+        best = max(median(runs) for runs in others.values())
+        for batch, runs in others.items():
+            table.add_row(
+                shape,
+                f"transformers, batch {batch}",
+                f"{median(runs):,.0f}",
+                str(len(runs)),
+                f"{runs[0][1]:.0f}",
+                "",
+                f"{median(runs) / best:.2f}",
+            )
+        table.add_row(
+            shape,
+            f"cfs, {slots} slots",
+            f"{median(mine):,.0f}",
+            str(len(mine)),
+            f"{mine[0][1]:.0f}",
+            f"{mine[0][2]:.1%}",
+            f"{median(mine) / best:.1f}",
+        )
+    console.print(table)
+
+
+def median(runs: list[Any]) -> float:
+    """Of the first entry of each run."""
+    return statistics.median(run[0] for run in runs)
+
+
+# ---------------------------------------------------------------------------------- step, draw
+
+
+def milliseconds(function: Callable[[], object], repeats: int = 10) -> float:
+    """Median of several calls, after two to warm up."""
+    times = []
+    for _ in range(repeats + 2):
+        started = time.perf_counter()
+        function()
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times[2:])
+
+
+@torch.inference_mode()
+def running_slots(model: Decoder, num_slots: int) -> Slots:
+    """Slots as they stand after 200 steps of a long generation: texts of every age."""
+    slots = Slots(
+        packed_for_decoding(model, num_slots),
+        settings(),
+        EOS,
+        model.config.vocab_size,
+        num_slots,
+        1 + MAX_TOKENS,
+        0,
+        "auto",
+    )
+    numbers = iter(range(10**9))
+    slots.fill(list(range(num_slots)), [Request(next(numbers), [EOS]) for _ in range(num_slots)])
+    for _ in range(200):
+        for row in slots.step():
+            slots.take(row)
+        idle = slots.youngest(slots.idle_rows())
+        slots.fill(idle, [Request(next(numbers), [EOS]) for _ in idle])
+    return slots
+
+
+@torch.inference_mode()
+def parts_of_a_step(slots: Slots) -> dict[str, Callable[[], object]]:
+    """The step as it is, and by themselves: its products, its cache reads, its draw."""
+    model, config = slots.model, slots.model.config
+    num_rows, vocabulary = len(slots.requests), config.vocab_size
+    x, wide = (
+        torch.randn(num_rows, config.hidden_size),
+        torch.randn(num_rows, config.intermediate_size),
+    )
+    mixed = torch.randn(num_rows, config.num_heads * config.head_dim)
+    logits = model.logits(x)
+    u = torch.rand(num_rows, dtype=torch.float64)
+    spans, at = slots.spans(), slots.positions.clone()
+
+    def step() -> None:
+        token_ids = slots.ids.gather(1, at[:, None])
+        context = DecodeStep(slots.cache, at, spans, slots.route)
+        draw(model(token_ids, context=context)[:, 0], u, 1.0, TOP_P, vocabulary)
+
+    def products() -> None:
+        for block in model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj):  # type: ignore[union-attr]
+                linear(x)  # type: ignore[operator]
+            attention.o_proj(mixed)  # type: ignore[operator, union-attr]
+            mlp.gate_proj(x)  # type: ignore[operator, union-attr]
+            mlp.up_proj(x)  # type: ignore[operator, union-attr]
+            mlp.down_proj(wide)  # type: ignore[operator, union-attr]
+        model.logits(x)
+
+    def reads() -> None:
+        for cached in (slots.cache.keys, slots.cache.values):
+            for layer in cached:
+                for span in spans:
+                    layer[span.rows, :, : span.num_filled].sum()
+
+    return {
+        "step": step,
+        "products": products,
+        "reads": reads,
+        "draw": lambda: draw(logits, u, 1.0, TOP_P, vocabulary),
+        "sort": lambda: logits.sort(-1),
+        "multinomial": lambda: torch.multinomial(logits.softmax(-1), 1),
+    }
+
+
+@torch.inference_mode()
+def step_and_draw(console: Console) -> None:
+    """The parts are timed in turn, so that a slow moment of the machine meets them all."""
+    table = columns(
+        "A decode step (ms): the bound of its own products and cache reads, timed alone; its draw",
+        ("model", "slots", "step", "products", "reads", "bound / step", "draw", "draw / step",
+         "(sort)", "(multinomial)"),
+    )  # fmt: skip
+    for shape in CPU_SHAPES:
+        model = random_model(shape)
+        num_slots = choose_num_slots(model, 1 + MAX_TOKENS, NUM_SAMPLES)
+        parts = parts_of_a_step(running_slots(model, num_slots))
+        times: dict[str, list[float]] = {name: [] for name in parts}
+        for _ in range(REPEATS):
+            for name, function in parts.items():
+                times[name].append(
+                    milliseconds(function, 2 if name in ("sort", "multinomial") else 10)
+                )
+        ms = {name: statistics.median(values) for name, values in times.items()}
+        table.add_row(
+            shape, str(num_slots), *(f"{ms[name]:.1f}" for name in ("step", "products", "reads")),
+            f"{(ms['products'] + ms['reads']) / ms['step']:.0%}",
+            f"{ms['draw']:.1f}", f"{ms['draw'] / ms['step']:.0%}",
+            f"{ms['sort']:.0f}", f"{ms['multinomial']:.0f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+# ------------------------------------------------------------------ exact, bfloat16, ranks, memory
+
+
+def exact(console: Console) -> None:
+    """2,000 TinyWorld samples drawn several ways: how many differ from those of 256 slots?"""
+    table = columns(
+        "TinyWorld, float32: of 2,000 samples, those that depend on how they are drawn",
+        ("how", "differing samples", "largest difference of a stored log-probability"),
+    )
+    ways = {"1 rank, 256 slots": (1, 256), "1 rank, 64 slots": (1, 64), "1 rank, 7 slots": (1, 7),
+            "1 rank, 1 slot": (1, 1), "2 ranks, 64 slots": (2, 64)}  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        expected: list[Any] = []
+        for name, (ranks, slots) in ways.items():
+            out = Path(directory) / name.replace(" ", "-")
+            generate_command(ranks, out, "--num-samples", "2000", "--batch-size", str(slots))
+            samples = read_corpus(out).samples
+            expected = expected or samples
+            pairs = list(zip(expected, samples, strict=True))
+            same = [(x, y) for x, y in pairs if x.input_ids.tolist() == y.input_ids.tolist()]
+            largest = max(float(np.abs(x.logprob_model - y.logprob_model).max()) for x, y in same)
+            table.add_row(name, str(len(pairs) - len(same)), f"{largest:.1e}")
+    console.print(table)
+
+
+@torch.inference_mode()
+def bfloat16(console: Console) -> None:
+    """Log-probabilities that a bfloat16 sampler stores, beside float32 ones of the same tokens."""
+    table = columns(
+        "bfloat16 sampling: stored log p minus a float32 forward pass, nats per token",
+        ("model", "tokens", "mean", "mean absolute", "99 %", "largest"),
+    )
+    shipped, half = load_model(TINYWORLD_DIR), load_model(TINYWORLD_DIR, dtype=torch.bfloat16)
+    random32, random16 = random_model("olmo-50304"), random_model("olmo-50304", torch.bfloat16)
+    random32.load_state_dict(random16.state_dict())
+    for name, model, rounded, count in (
+        ("TinyWorld", shipped, half, 500),
+        ("olmo-50304, random", random32, random16, 50),
+    ):
+        requests = [Request(i, [EOS]) for i in range(count)]
+        num_tokens = model.config.vocab_size
+        differences = []
+        for sample in generate(rounded, requests, settings(200), EOS, num_tokens, 50):
+            ids = torch.from_numpy(sample.input_ids).long()[None]
+            targets = torch.ones_like(ids, dtype=torch.bool)
+            targets[0, 0] = False
+            differences.append(sample.logprob_model - model(ids, target_mask=targets).numpy())
+        all_of_them = np.concatenate(differences)
+        absolute = np.abs(all_of_them)
+        table.add_row(
+            name, f"{len(absolute):,}", f"{all_of_them.mean():+.4f}", f"{absolute.mean():.4f}",
+            f"{np.quantile(absolute, 0.99):.3f}", f"{absolute.max():.3f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def generate_command(ranks: int, out: Path, *flags: str, threads: int = 0) -> tuple[float, int]:
+    """Run generate.py; seconds, and peak resident memory of the largest process in bytes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *(launcher if ranks > 1 else []), str(ROOT / "generate.py")]
+    cores = os.cpu_count() or 1
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads or max(1, cores // ranks))}
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, "--out", str(out), *flags], env=env, stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"generate.py ended with status {status}")
+    return time.perf_counter() - started, 1024 * usage.ru_maxrss
+
+
+def tokens_in(out: Path) -> int:
+    """Generated tokens of a corpus, counted without holding it."""
+    columns = (pq.read_table(file)["logprob_model"] for file in out.glob("part-*.parquet"))
+    return sum(len(chunk.values) for column in columns for chunk in column.chunks)
+
+
+def ranks_on_cores(console: Console) -> None:
+    """One process with a thread a core, and a process a core, in turn; starting included."""
+    table = columns(
+        "olmo-50304, 512 samples by generate.py: processes against threads",
+        ("how", "seconds", "tokens/s", "ratio"),
+    )
+    cores = os.cpu_count() or 1
+    times: dict[int, list[float]] = {1: [], cores: []}
+    with tempfile.TemporaryDirectory() as directory:
+        model = Path(directory) / "model"
+        save_model(random_model("olmo-50304"), model)
+        write_tokenizer(model, SHAPES["olmo-50304"]["vocab_size"])
+        flags = ("--model", str(model), "--num-samples", "512", "--max-tokens", str(MAX_TOKENS))
+        tokens = 0
+        for repeat in range(2):
+            for ranks in times:
+                out = Path(directory) / f"{ranks}-{repeat}"
+                times[ranks].append(generate_command(ranks, out, *flags)[0])
+                tokens = tokens_in(out)
+    reference = min(times[1])
+    for ranks, seconds in times.items():
+        name = f"{ranks} x {cores // ranks} thread{'s' if cores > ranks else ''}"
+        best = min(seconds)
+        table.add_row(name, f"{best:.1f}", f"{tokens / best:,.0f}", f"{reference / best:.2f}")
+    console.print(table)
+
+
+def write_tokenizer(directory: Path, vocabulary: int) -> None:
+    """A tokenizer of numbered words, as generate.py wants one."""
+    words = {f"w{i}": i for i in range(vocabulary)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w1"))
+    backend.save(str(directory / "tokenizer.json"))
+
+
+def memory(console: Console, counts: list[int]) -> None:
+    """Peak resident memory and speed of generate.py over the number of TinyWorld samples."""
+    table = columns(
+        "TinyWorld by generate.py: cost is linear in the number of samples, memory flat",
+        ("samples", "tokens", "seconds", "tokens/s", "peak memory (MiB)"),
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        for count in counts:
+            out = Path(directory) / str(count)
+            seconds, peak = generate_command(1, out, "--num-samples", str(count))
+            tokens = tokens_in(out)
+            table.add_row(
+                f"{count:,}", f"{tokens:,}", f"{seconds:.1f}", f"{tokens / seconds:,.0f}",
+                f"{peak / 2**20:,.0f}",
+            )  # fmt: skip
+    console.print(table)
+
+
+# ----------------------------------------------------------------------------------------- gpu
+
+
+def gpu(console: Console) -> None:
+    """Tokens/s of the true shapes in bfloat16 beside the time to read weights and cache."""
+    table = columns(
+        "One GPU, bfloat16, random weights, every slot at work to the full length",
+        ("model", "slots", "max tokens", "tokens/s", "target", "share of roofline", "draw / step"),
+    )
+    rows = (("olmo-1b", 512, 80_000), ("olmo-1b", 1024, 40_000), ("llama-8b", 1024, 15_000))
+    for shape, max_tokens, target in rows:
+        if not torch.cuda.is_available():
+            table.add_row(shape, "", str(max_tokens), "not measured", f"{target:,}", "", "")
+            continue
+        model = random_model(shape, torch.bfloat16, "cuda", hazard=1e-9)
+        config = model.config
+        num_slots = choose_num_slots(model, 1 + max_tokens, 1024)
+        ours(model, num_slots, num_slots, 32)  # compiles
+        speed, mean_length, _ = ours(model, num_slots, num_slots, max_tokens)
+        step = num_slots / speed
+        parameters = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
+        per_position = 4 * config.num_layers * config.num_kv_heads * config.head_dim
+        moved = 2 * parameters + num_slots * mean_length / 2 * per_position
+        bound = max(moved / HBM_BYTES, 2 * parameters * num_slots / PEAK_FLOPS)
+        logits = torch.randn(num_slots, config.vocab_size, device="cuda", dtype=torch.bfloat16)
+        u = torch.rand(num_slots, dtype=torch.float64, device="cuda")
+
+        def drawing(logits: torch.Tensor = logits, u: torch.Tensor = u) -> None:
+            draw(logits, u, 1.0, TOP_P, logits.shape[-1])
+            torch.cuda.synchronize()
+
+        share = milliseconds(drawing) / 1000 / step
+        table.add_row(
+            shape, str(num_slots), str(max_tokens), f"{speed:,.0f}", f"{target:,}",
+            f"{bound / step:.0%}", f"{share:.0%}",
+        )  # fmt: skip
+    console.print(table)
+    if torch.cuda.is_available():
+        print(torch.cuda.get_device_name())
+
+
+def columns(title: str, names: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(names):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    return table
+
+
+TABLES: dict[str, Callable[..., None]] = {
+    "compare": compare,
+    "step": step_and_draw,
+    "exact": exact,
+    "bfloat16": bfloat16,
+    "ranks": ranks_on_cores,
+    "memory": memory,
+    "gpu": gpu,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[32, 64, 128])
+    parser.add_argument("--counts", nargs="+", type=int, default=[1_000, 10_000, 100_000])
+    arguments = parser.parse_args()
+    console = Console(width=120)
+    extra = {"compare": (arguments.batches,), "memory": (arguments.counts,)}
+    for name in arguments.only:
+        TABLES[name](console, *extra.get(name, ()))
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()
