@@ -77,19 +77,21 @@ def draw(
         token = real.argmax(-1)
         logprob_model = _at(logits, token).double() - log_normalizer(logits)
         return token, logprob_model.float(), torch.zeros_like(u).float()
-    normalizer = None
-    if temperature != 1:
-        normalizer = log_normalizer(logits)
-        real.div_(temperature)
-    padding = logits[:, num_tokens:].double()
-    weights, sum_real, largest = nucleus(real, top_p)
-    token, sum_kept = inverse_cdf(weights, u)
-    log_weight = _at(weights, token).double().log()
-    largest = largest.double()
-    if normalizer is None:  # at temperature 1 the weights' sum is most of it already
+    if temperature == 1:
+        padding = logits[:, num_tokens:].double()
+        weights, sum_real, largest = nucleus(real, top_p)
+        token, sum_kept = inverse_cdf(weights, u)
+        log_weight = _at(weights, token).double().log()
+        # The weights' sum is most of the normalizer already.
         sum_all = sum_real + (padding - largest[:, None]).exp().sum(-1)
-        normalizer = largest + sum_all.log()
-    logprob_model = temperature * (log_weight + largest) - normalizer
+        logprob_model = log_weight - sum_all.log()
+    else:
+        # Whatever the temperature, the largest is finite: it is 0.
+        tempered = (real - real.amax(-1, keepdim=True)).div_(temperature)
+        weights, _, _ = nucleus(tempered, top_p)
+        token, sum_kept = inverse_cdf(weights, u)
+        log_weight = _at(weights, token).double().log()
+        logprob_model = _at(logits, token).double() - log_normalizer(logits)
     return token, logprob_model.float(), (log_weight - sum_kept.log()).float()
 
 

@@ -104,6 +104,21 @@ def test_greedy_takes_the_largest_real_logit() -> None:
     assert logprob_model.item() == pytest.approx(logits.log_softmax(-1)[0, 1].item())
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 1e30])
+def test_extreme_temperatures(temperature: float) -> None:
+    """Catches logits that overflow when divided, and log p lost in the tempered ones."""
+    logits = torch.randn(50, 30) * 4
+    u = torch.rand(50, dtype=torch.float64)
+    token, logprob_model, logprob_sampler = draw(logits.clone(), u, temperature, 0.999, 30)
+    law = logits.double().log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)
+    torch.testing.assert_close(logprob_model.double(), law, atol=1e-5, rtol=0)
+    if temperature < 1:
+        assert torch.equal(token, logits.argmax(-1))
+        assert (logprob_sampler == 0).all()
+    else:
+        torch.testing.assert_close(logprob_sampler.exp(), torch.full((50,), 1 / 30))
+
+
 def test_uniforms_are_a_function_of_seed_index_and_place() -> None:
     """Catches numbers that depend on how many are asked for, or repeat between samples."""
     assert np.array_equal(uniforms(3, 7, 10), uniforms(3, 7, 100)[:10])
