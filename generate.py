@@ -32,7 +32,7 @@ from cfs.sample.config import (
     NUM_SAMPLES,
     GenerateConfig,
 )
-from cfs.sample.corpus import read_manifest, stream_corpus
+from cfs.sample.corpus import SAMPLES_PER_PART, num_parts, read_manifest, stream_corpus
 from cfs.sample.draw import Drawing, Drawn, draw_corpus
 from cfs.sample.preview import preview
 from cfs.sample.prompts import Prompts
@@ -102,9 +102,11 @@ def generate(config: GenerateConfig, ranks: Ranks) -> None:
     @functools.cache
     def prepare() -> Drawing:
         model = load_model(directory, dtype=getattr(torch, dtype), device=ranks.device)
-        share = -(-num_samples // ranks.world_size)
+        share = -(-num_parts(num_samples) // ranks.world_size) * SAMPLES_PER_PART
         longest = int(prompts.lengths.max())
-        slots = config.batch_size or choose_num_slots(model, longest + max_tokens, share)
+        slots = config.batch_size or choose_num_slots(
+            model, longest + max_tokens, min(share, num_samples), config.store_topk
+        )
         if ranks.is_main:
             kind = f"to {len(prompts):,} prompts" if is_contextual else "context-free"
             print(

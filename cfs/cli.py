@@ -149,7 +149,10 @@ def run(main: Callable[[], None], resumes: bool = False) -> None:
         code = 130
     except Terminated:
         if rank == "0":
-            print(f"{program}: stopped by SIGTERM; run again to resume", file=sys.stderr)
+            others = (
+                "" if "TORCHELASTIC_RUN_ID" not in os.environ else ", unless another rank failed"
+            )
+            print(f"{program}: stopped by SIGTERM; run again to resume{others}", file=sys.stderr)
         code = EXIT_SIGTERM
     leave(code)
 

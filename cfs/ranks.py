@@ -78,7 +78,7 @@ def _alive() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "closed by peer" in str(error) or "reset by peer" in str(error):
+        if any(sign in str(error) for sign in ("closed by peer", "reset by peer", "Broken pipe")):
             raise UserError("another rank ended; its message says why") from error
         raise
 

@@ -8,7 +8,6 @@ Shapes: B rows, T new positions, S cached positions, H heads, K KV heads, C chan
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 from collections.abc import Sequence
@@ -92,7 +91,9 @@ class DecodeStep:
             return _flash_decode(q, keys, values, self.num_used)
         if self.route == "varlen":
             return _varlen_decode(q, keys, values, self.num_used)
-        one_query = _two_products if q.device.type == "cpu" else _masked_sdpa
+        # On CUDA, torch's kernel takes a mask with as many heads of keys as of queries only.
+        is_plain = q.device.type == "cpu" or q.shape[1] != keys.shape[1]
+        one_query = _two_products if is_plain else _masked_sdpa
         mixed = [
             one_query(
                 q[s.rows], keys[s.rows, :, : s.num_filled], values[s.rows, :, : s.num_filled], bias
@@ -119,7 +120,7 @@ def _bias(positions: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
 
 
 def _two_products(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """Attention of one query: on a CPU twice as fast as torch's kernel, which is made for many.
+    """Attention of one query, written out: on a CPU torch's kernel is made for many queries.
 
     q (R, H, 1, C), keys and values (R, K, S, C), bias (R, 1, 1, S) -> (R, H, 1, C).
     """
@@ -132,7 +133,7 @@ def _two_products(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tens
 
 
 def _masked_sdpa(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
 
 
 def _flash_decode(q: Tensor, keys: Tensor, values: Tensor, num_used: Tensor) -> Tensor:
@@ -195,9 +196,14 @@ def why_not(route: Route, device: torch.device, dtype: torch.dtype) -> str | Non
         return f"needs CUDA, not {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or more"
     if route == "flash":
-        found = importlib.util.find_spec("flash_attn") is not None
-        return None if found else "the package flash-attn is not installed"
+        try:
+            from flash_attn import flash_attn_with_kvcache  # type: ignore  # noqa: F401
+        except ImportError as error:
+            return f"the package flash-attn cannot be imported ({error})"
+        return None
     return None if _varlen_knows_caches() else "torch's varlen_attn lacks seqused_k (2.12 has it)"
 
 

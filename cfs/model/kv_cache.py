@@ -1,4 +1,4 @@
-"""Keys and values of every position that decoding has passed, in one allocation.
+"""Keys and values of every position that decoding has passed, allocated once.
 
 Shapes: B rows, K KV heads, S cached positions, C channels per head.
 """

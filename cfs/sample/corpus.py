@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,7 +38,8 @@ from cfs.sample.sample import Sample
 from cfs.sample.settings import VERSION, CorpusSettings
 
 SAMPLES_PER_PART = 256
-MANIFEST, SETTINGS, LOCK = "manifest.json", "settings.json", ".lock"
+MANIFEST, SETTINGS = "manifest.json", "settings.json"
+LOCK, DRAWING = ".lock", ".drawing"
 STALE = re.compile(r"\.+(part-\d+\.(parquet|sha256)|settings\.json|manifest\.json)\.tmp-\d+")
 
 
@@ -89,10 +91,15 @@ def opened_corpus(
     repair  read every part of a finished corpus too, and open it anew where one is damaged;
             without it a finished corpus is taken at its manifest's word, which reading checks
 
-    An absent corpus is begun. While another run draws the same corpus this waits for it. Raises
-    `UserError` where the directory cannot be written, or holds something else.
+    An absent corpus is begun; a finished one may lie where nothing can be written. While another
+    run draws the same corpus this waits for it. Raises `UserError` where the directory cannot be
+    written, or holds something else.
     """
     out = Path(directory)
+    if not repair and is_complete(out) and not os.access(out, os.W_OK):
+        check_settings(out, settings)
+        yield OpenedCorpus([], [], is_complete=True)
+        return
     if repair and not any((out / name).is_file() for name in (SETTINGS, MANIFEST)):
         raise UserError(f"--repair: {out} holds no corpus; leave the flag out to draw one")
     with blaming(out, "choose another --out"):
@@ -103,6 +110,8 @@ def opened_corpus(
     with lock:
         with blaming(out, "choose another --out"):
             _wait_for(lock, out)
+            with (out / DRAWING).open("w") as orphans:
+                _wait_for(orphans, out)
         check_settings(out, settings, repair)
         with blaming(out, RESUME):
             for file in out.iterdir():
@@ -113,6 +122,15 @@ def opened_corpus(
         yield opened
 
 
+@contextmanager
+def joined_corpus(directory: str | Path) -> Iterator[None]:
+    """Say, on every rank that draws, that this corpus is being drawn: should the rank outlive the
+    one that opened it, no other run begins before this one ends."""
+    with (Path(directory) / DRAWING).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
 def finish_corpus(directory: str | Path, settings: CorpusSettings) -> None:
     """Write the manifest over a corpus whose parts are all there."""
     out = Path(directory)
@@ -120,7 +138,11 @@ def finish_corpus(directory: str | Path, settings: CorpusSettings) -> None:
     for number in range(num_parts(settings.num_samples)):
         file, samples = part_file(out, number), len(part_range(number, settings.num_samples))
         digest = recorded_sha256(file)
-        assert digest is not None, f"{file.name} was drawn without its record"
+        if digest is None:
+            raise UserError(
+                f"{file}: another rank drew it, but it is not to be seen here; --out must be a "
+                "directory that all ranks share"
+            )
         parts.append({"file": file.name, "samples": samples, "sha256": digest})
     manifest = {"settings": asdict(settings), "num_samples": settings.num_samples, "parts": parts}
     with blaming(out / MANIFEST, RESUME):

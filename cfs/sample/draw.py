@@ -15,6 +15,7 @@ from cfs.progress import Bar
 from cfs.ranks import Ranks
 from cfs.sample.corpus import (
     finish_corpus,
+    joined_corpus,
     opened_corpus,
     part_number,
     part_range,
@@ -80,6 +81,7 @@ def draw_corpus(
         )
         if opened.is_complete:
             return Drawn(0, 0, 0.0, [])
+        stack.enter_context(joined_corpus(directory))
         drawing = prepare() if opened.missing else None
         started = time.monotonic()
         own = opened.missing[ranks.rank :: ranks.world_size]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,39 +31,41 @@ class Stepping(Protocol):
 class GraphedStep:
     """`device_step`, captured once per number of slots and length of the cache read."""
 
-    def __init__(self, slots: Stepping) -> None:
-        self.slots = slots
+    def __init__(self) -> None:
         self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool: Any = None
+        # Not torch's stream for all captures: a graph that is destroyed clears what cuBLAS keeps
+        # for its stream, which the graphs of another generation may still use.
+        self.stream = torch.cuda.Stream()
 
-    def __call__(self, spans: list[Span]) -> Tensor:
+    def __call__(self, slots: Stepping, spans: list[Span]) -> Tensor:
         (span,) = spans
-        capacity = self.slots.cache.keys.shape[3]
+        capacity = slots.cache.keys.shape[3]
         num_filled = capacity  # flash and varlen look up each row's fill themselves
-        if self.slots.route == "sdpa":
+        if slots.route == "sdpa":
             num_filled = min(capacity, -(-span.num_filled // FILLED_STEP) * FILLED_STEP)
-        key = (len(self.slots.requests), num_filled)
+        key = (len(slots.requests), num_filled)
         if key not in self.graphs:
-            self.graphs[key] = self._capture(Span(span.rows, num_filled))
+            self.graphs[key] = self._capture(slots, Span(span.rows, num_filled))
         graph, flags = self.graphs[key]
         graph.replay()
         return flags
 
-    def _capture(self, span: Span) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, slots: Stepping, span: Span) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Run the step without advancing anybody, as kernels are compiled and chosen on first
-        use, then record it. Whoever has fewer slots than the graphs so far drops those."""
-        slots = self.slots
+        use, then record it. Graphs of another number of slots, and their memory, are let go."""
         self.graphs = {k: g for k, g in self.graphs.items() if k[0] == len(slots.requests)}
+        if not self.graphs:
+            self.pool = torch.cuda.graph_pool_handle()
         at_work = slots.advances.clone()
         slots.advances.zero_()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(2):
                 slots.device_step([span])
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             flags = slots.device_step([span])
         slots.advances.copy_(at_work)
         return graph, flags

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from cfs.errors import UserError
+
+LOWEST_TEMPERATURE = 1e-6
+"""Below it logits divided by the temperature leave float32; 0 itself is greedy."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,11 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise UserError(f"--max-tokens {self.max_tokens}: expected at least 1")
-        if not self.temperature >= 0:
-            raise UserError(f"--temperature {self.temperature}: expected 0 (greedy) or more")
+        if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
+            raise UserError(
+                f"--temperature {self.temperature}: expected 0 (greedy) or from "
+                f"{LOWEST_TEMPERATURE} on"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p}: expected in (0, 1]")
         if not 0 <= self.seed < 2**64:

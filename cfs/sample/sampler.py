@@ -7,9 +7,11 @@ the next step feeds like any other.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,11 +35,14 @@ CPU_LOGITS = 2**23
 """Logits of a step (32 MiB in float32) beyond which more slots bring a CPU nothing."""
 CPU_SHARE, CUDA_SHARE = 0.5, 0.85
 """Of the free memory, what the slots may take."""
+CGROUP = Path("/sys/fs/cgroup")
 DRAW_BYTES = 64
 """On CUDA, temporary memory of a draw per logit."""
 
 
-def choose_num_slots(model: Decoder, num_positions: int, num_samples: int) -> int:
+def choose_num_slots(
+    model: Decoder, num_positions: int, num_samples: int, store_topk: int = 0
+) -> int:
     """Texts in progress that fit the free memory of this rank's device, and are worth having.
 
     num_positions  longest prompt and most new tokens together
@@ -45,12 +50,16 @@ def choose_num_slots(model: Decoder, num_positions: int, num_samples: int) -> in
     """
     config, weight = model.config, model.embed_tokens.weight
     per_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    cache = per_position * num_positions * weight.element_size()
+    cache = num_positions * (per_position * weight.element_size() + 8 * store_topk + 24)
     if weight.device.type == "cpu":
-        budget = CPU_SHARE * _free_host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = _free_host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        packed = sum(p.numel() * p.element_size() for p in model.parameters())
+        budget = CPU_SHARE * max(0, free - packed)
         per_slot = cache + 8 * config.vocab_size
         most = min(MOST_SLOTS["cpu"], CPU_LOGITS // config.vocab_size)
     else:
+        gc.collect()
+        torch.cuda.empty_cache()
         budget = CUDA_SHARE * torch.cuda.mem_get_info(weight.device)[0]
         per_slot = cache + DRAW_BYTES * config.vocab_size
         most = MOST_SLOTS["cuda"]
@@ -59,12 +68,16 @@ def choose_num_slots(model: Decoder, num_positions: int, num_samples: int) -> in
 
 
 def _free_host_memory() -> int:
-    """Bytes that the host can still give without swapping."""
+    """Bytes that the host, or the container's limit, can still give without swapping."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+        free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    with suppress(OSError, ValueError):  # no limit reads as "max"
+        limit, used = (int((CGROUP / f"memory.{x}").read_text()) for x in ("max", "current"))
+        free = min(free, max(0, limit - used))
+    return free
 
 
 @dataclass
@@ -97,12 +110,12 @@ def generate(
     num_tokens         vocabulary that may be drawn; the rest is padding
     num_slots          texts in progress at a time; changes no sample but through rounding
     max_prompt_tokens  longest prompt among the requests
-    store_topk         K of `Sample.topk`; 0 leaves it out
+    store_topk         K of `Sample.topk`, at most the vocabulary; 0 leaves it out
     attention          kernel of the decode step
 
     A sample depends on (settings, index, prompt, model) alone. Raises `UserError` where prompt
-    and `max_tokens` exceed the model's context, where K exceeds the vocabulary, where the kernel
-    is not available, and where logits are not finite.
+    and `max_tokens` exceed the model's context, where the slots do not fit the memory, where the
+    kernel is not available, and where logits are not finite.
     """
     context = model.config.max_position_embeddings
     if max_prompt_tokens + settings.max_tokens > context:
@@ -110,26 +123,30 @@ def generate(
             f"--max-tokens {settings.max_tokens}: with a prompt of {max_prompt_tokens} it exceeds "
             f"the model's context of {context}"
         )
-    if not 0 <= store_topk <= model.config.vocab_size:
-        raise UserError(
-            f"--store-topk {store_topk}: expected from 0 to {model.config.vocab_size}, the "
-            "model's vocabulary"
-        )
     queue = _sorted_by_length(requests)
     first = list(islice(queue, num_slots))
     if not first:
         return
     usage = usage or Usage()
-    slots = Slots(
-        packed_for_decoding(model, len(first)),
-        settings,
-        eos_id,
-        num_tokens,
-        len(first),
-        max_prompt_tokens + settings.max_tokens,
-        store_topk,
-        attention,
-    )
+    num_positions = max_prompt_tokens + settings.max_tokens
+    try:
+        slots = Slots(
+            packed_for_decoding(model, len(first)),
+            settings,
+            eos_id,
+            num_tokens,
+            len(first),
+            num_positions,
+            store_topk,
+            attention,
+        )
+    except RuntimeError as error:  # torch's allocators raise no other
+        if "memory" not in str(error):
+            raise
+        raise UserError(
+            f"--batch-size {num_slots}: a cache of so many texts of {num_positions} tokens does "
+            "not fit the memory; take fewer, or leave the flag out"
+        ) from error
     slots.fill(list(range(len(first))), first)
     patience = 1 if max_prompt_tokens == 1 else max(1, len(first) // PREFILL_SHARE)
     while slots.num_active:

@@ -69,7 +69,7 @@ class Slots:
         self.host_positions = np.zeros(num_slots, dtype=np.int64)
         """`positions` again, so that how far the cache is filled is known without asking."""
         self.busy = np.zeros(num_slots, dtype=bool)
-        self.run_step = GraphedStep(self) if device.type == "cuda" else self.device_step
+        self.graphs = GraphedStep() if device.type == "cuda" else None
 
     @property
     def num_active(self) -> int:
@@ -83,7 +83,9 @@ class Slots:
 
     def step(self) -> list[int]:
         """Draw one token in every slot; the rows that finished by it, in rising order."""
-        done, finite = self.run_step(self.spans()).cpu().numpy()
+        spans = self.spans()
+        flags = self.graphs(self, spans) if self.graphs else self.device_step(spans)
+        done, finite = flags.cpu().numpy()
         self.host_positions += self.busy
         broken = self.busy & ~finite
         if broken.any():
@@ -95,6 +97,7 @@ class Slots:
         token_ids = self.ids.gather(1, self.positions[:, None])
         context = DecodeStep(self.cache, self.positions, spans, self.route)
         logits = self.model(token_ids, context=context)[:, 0]
+        finite = logits.amin(-1).isfinite()
         at = self.positions[:, None] + 1
         if self.store_topk:  # before the draw, which may overwrite the logits
             ids, logprobs, rest = top_logprobs(logits, self.store_topk)
@@ -112,7 +115,8 @@ class Slots:
         self.positions += self.advances
         self.num_generated += self.advances
         done = (token == self.eos_id) | (self.num_generated == self.settings.max_tokens)
-        return torch.stack((done, logprob_model.isfinite()))
+        finite &= logprob_model.isfinite() & logprob_sampler.isfinite()
+        return torch.stack((done, finite))
 
     def spans(self) -> list[Span]:
         """Groups of slots, and how far the fullest of each group is filled after this step."""
@@ -192,10 +196,10 @@ class Slots:
         return sample
 
     def youngest(self, idle: list[int]) -> list[int]:
-        """As many idle rows as `idle`, in the groups of the youngest texts.
+        """As many idle rows as `idle`, in the groups of the shortest texts.
 
-        A gap is closed by the oldest text of the next group, whose place by that of the one after,
-        and so on: a move costs its text's cache once, and groups stay sorted by age.
+        A gap is closed by the longest text of the next group, whose place by that of the one
+        after, and so on: a move costs its text's cache once, and groups stay sorted by length.
         """
         spans = self.spans()
         if len(spans) == 1:

@@ -109,7 +109,7 @@ def cached_corpus(
         dtype=str(base.embed_tokens.weight.dtype).removeprefix("torch."),
     )
     place = Path(config.corpora) / settings.fingerprint()
-    slots = choose_num_slots(base, 1 + sampling.max_tokens, -(-num_samples // ranks.world_size))
+    slots = choose_num_slots(base, 1 + sampling.max_tokens, num_samples)
     drawing = Drawing(base, tokenizer, Prompts([[tokenizer.seed_id]]), slots)
     draw_corpus(place, settings, lambda: drawing, ranks)
     return read_corpus(place)

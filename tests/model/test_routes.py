@@ -55,6 +55,7 @@ def test_plain_torch_equals_the_formula(kv_heads: int) -> None:
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kv_heads", [8, 2])
 @pytest.mark.parametrize("route", ROUTES)
 def test_cuda_routes_equal_the_formula(route: Route, kv_heads: int) -> None:

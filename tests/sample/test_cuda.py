@@ -11,7 +11,10 @@ from cfs.sample.sample import Request, SamplingSettings
 from cfs.sample.sampler import generate
 from tests.conftest import tiny_model
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -34,6 +37,21 @@ def test_graphs_draw_what_the_cpu_draws(route: Route) -> None:
     assert len(texts[1]) == 200
     same = sum(texts[0][i] == texts[1][i] for i in range(200))
     assert same >= (198 if dtype == torch.float32 else 100), "up to rounding at a boundary"
+
+
+def test_one_generation_after_another() -> None:
+    """Catches graphs that outlive their generation, and a cache that is not let go."""
+    model = tiny_model(vocab_size=12).to("cuda")
+    settings = SamplingSettings(max_tokens=20)
+    used = []
+    for slots in (64, 32, 64, 16):
+        samples = list(
+            generate(model, [Request(i, [0]) for i in range(150)], settings, 0, 12, slots)
+        )
+        assert len(samples) == 150
+        torch.cuda.empty_cache()
+        used.append(torch.cuda.memory_allocated())
+    assert max(used) - min(used) < 2**22
 
 
 def test_bisection_equals_the_sort() -> None:

@@ -21,17 +21,13 @@ ROWS = 40
 
 
 def definition(logits: np.ndarray, top_p: float) -> tuple[np.ndarray, float]:
-    """Kept tokens (V,) of one row, and how close the sum comes to p without deciding, in float64.
-
-    Weights are rounded to float32 as the code rounds them; every sum is exact to 1e-16.
-    """
-    weights = torch.from_numpy(logits - logits.max()).exp().double().numpy()
+    """Kept tokens (V,) of one row in float64, and how close a partial sum comes to p."""
+    weights = np.exp((logits - logits.max()).astype(np.float64))
     order = np.argsort(-logits, kind="stable")
-    before = np.cumsum(weights[order]) - weights[order]
-    needed = top_p * weights.sum()
+    before = (np.cumsum(weights[order]) - weights[order]) / weights.sum()
     kept = np.zeros(len(logits), dtype=bool)
-    kept[order] = before < needed
-    return kept, float(np.abs(before / needed - 1).min())
+    kept[order] = before < top_p
+    return kept & (weights > 1e-38), float(np.abs(before - top_p).min())
 
 
 def rows_of_every_kind() -> st.SearchStrategy[np.ndarray]:
@@ -54,20 +50,33 @@ def rows_of_every_kind() -> st.SearchStrategy[np.ndarray]:
     return st.builds(build, st.integers(0, 2**32), st.integers(1, 300), kinds)
 
 
-@settings(max_examples=2500, deadline=None)
-@given(rows_of_every_kind(), st.floats(0.001, 1.0 - 2**-24))
-def test_kept_sets_equal_the_definition(rows: np.ndarray, top_p: float) -> None:
-    """Catches the token that crosses p dropped, ties in the wrong order, a bin misjudged: 1e5
-    rows, each by all three ways. A row counts unless its sum meets p to 1e-12, where float64
-    itself is in doubt; ties of equal weight meet p exactly and are not in doubt for it."""
-    logits = torch.from_numpy(rows)
-    kept_by = {route: (route(logits.clone(), top_p).weights > 0).numpy() for route in ROUTES}
-    for row in range(ROWS):
-        kept, margin = definition(rows[row], top_p)
-        alive = torch.from_numpy(rows[row] - rows[row].max()).exp().numpy() > 0
-        for route, masks in kept_by.items():
-            same = (masks[row] == (kept & alive)).all()
-            assert same or margin < 1e-12, f"{route.__name__} differs in row {row}"
+UNDECIDED = 1e-6
+"""A partial sum this close to p: the float32 weights' rounding decides, not the definition."""
+
+
+def test_kept_sets_equal_the_definition() -> None:
+    """Catches the token that crosses p dropped, ties in the wrong order, a bin misjudged: 1e5 rows,
+    each by all three ways, of which few are undecided."""
+    undecided = total = 0
+
+    @settings(max_examples=2500, deadline=None, database=None)
+    @given(rows_of_every_kind(), st.floats(0.001, 1.0 - 2**-24))
+    def check(rows: np.ndarray, top_p: float) -> None:
+        nonlocal undecided, total
+        logits = torch.from_numpy(rows)
+        kept_by = {route: (route(logits.clone(), top_p).weights > 0).numpy() for route in ROUTES}
+        for row in range(ROWS):
+            kept, margin = definition(rows[row], top_p)
+            total += 1
+            undecided += margin < UNDECIDED
+            for route, masks in kept_by.items():
+                same = (masks[row] == kept).all()
+                assert same or margin < UNDECIDED, f"{route.__name__} differs in row {row}"
+
+    check()
+    print(f"{undecided} of {total} rows undecided")
+    assert total >= 100_000
+    assert undecided < 0.02 * total
 
 
 @settings(max_examples=200, deadline=None)
@@ -80,7 +89,7 @@ def test_shrunk_cases_equal_the_definition(row: np.ndarray, top_p: float) -> Non
     kept, margin = definition(row, top_p)
     for route in ROUTES:
         found = (route(torch.from_numpy(row)[None].clone(), top_p).weights[0] > 0).numpy()
-        assert (found == kept).all() or margin < 1e-12, route.__name__
+        assert (found == kept).all() or margin < UNDECIDED, route.__name__
 
 
 @pytest.mark.parametrize("vocabulary", [1019, 50_280])

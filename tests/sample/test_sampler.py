@@ -13,6 +13,7 @@ from cfs.errors import UserError
 from cfs.model import Decoder, build_model, load_model
 from cfs.model.attention import Span
 from cfs.model.config import parse_config
+from cfs.sample import sampler
 from cfs.sample.sample import Request, Sample, SamplingSettings
 from cfs.sample.sampler import Usage, choose_num_slots, generate
 from cfs.sample.slots import Slots
@@ -110,11 +111,6 @@ def test_topk_is_the_head_of_the_full_law() -> None:
         np.testing.assert_allclose(sample.topk.rest_mass, rest, atol=1e-5)
 
 
-def test_topk_beyond_the_vocabulary_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--store-topk 98: expected from 0 to 97"):
-        list(generate(tiny_model(), [], SamplingSettings(4), EOS, 97, 1, store_topk=98))
-
-
 def test_slots_are_kept_at_work() -> None:
     """Catches slots that wait for a batch to end: at least 95 % of slot-steps make a token."""
     model = tiny_model(vocab_size=FEW)
@@ -162,6 +158,20 @@ def test_automatic_slots_follow_vocabulary_and_need() -> None:
     assert choose_num_slots(model, 100, num_samples=10**6) == 256
     large = tiny_model(vocab_size=50_304)
     assert choose_num_slots(large, 100, num_samples=10**6) == 128
+
+
+def test_logprobs_equal_those_of_transformers(tinyworld: Path) -> None:
+    """Catches an error that sampler and forward pass share."""
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tinyworld, dtype=torch.float32)
+    model = load_model(tinyworld)
+    settings = SamplingSettings(max_tokens=60, seed=3)
+    for sample in collect(model, [[EOS]] * 12, settings, 5, num_tokens=1000):
+        ids = torch.from_numpy(sample.input_ids).long()[None]
+        with torch.no_grad():
+            law = reference(ids).logits[0, :-1].log_softmax(-1)
+        expected = law.gather(-1, ids[0, 1:, None])[:, 0]
+        np.testing.assert_allclose(sample.logprob_model, expected.numpy(), atol=1e-4)
 
 
 def test_stopping() -> None:
@@ -214,8 +224,39 @@ def test_logits_that_are_not_finite_are_named() -> None:
         collect(model, [[EOS]] * 4, SamplingSettings(max_tokens=4), 2)
 
 
+def test_a_logit_of_minus_infinity_stops_too() -> None:
+    """Catches a broken row of the head whose token is never drawn."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("-inf")  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"sample \d+, position \d+"):
+        collect(model, [[EOS]] * 4, SamplingSettings(max_tokens=4), 2)
+
+
+def test_slots_beyond_the_memory_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an allocator's traceback where the number of slots is the user's to mend."""
+
+    def refuse(*_: object) -> Slots:
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
+        )
+
+    monkeypatch.setattr(sampler, "Slots", refuse)
+    with pytest.raises(UserError, match="--batch-size 2: "):
+        collect(tiny_model(), [[EOS]] * 4, SamplingSettings(max_tokens=4), 2)
+
+
 @pytest.mark.parametrize(
-    "bad", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}]
+    "bad",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": 1e-9},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"seed": -1},
+    ],
 )
 def test_bad_settings_are_named(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(bad)).replace("_", "-")):
