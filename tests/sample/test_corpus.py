@@ -155,7 +155,7 @@ def test_an_interrupted_corpus_goes_on(
     assert ids_of(read_corpus(out)) == ids_of(whole)
     assert {name: (out / name).stat().st_mtime_ns for name in there} == there
     names = {f.name for f in out.iterdir() if not f.name.startswith("part-")}
-    assert names == {".lock", "settings.json", "manifest.json"}, "nothing else is left"
+    assert names == {".lock", ".drawing", "settings.json", "manifest.json"}, "nothing else is left"
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, lose_record])
