@@ -13,6 +13,7 @@ from cfs.model.attention import ATTENTION_HELP
 CONTEXT_FREE_TEMPERATURE, CONTEXTUAL_TEMPERATURE = 1.0, 0.6
 TOP_P = 0.95
 NUM_SAMPLES = 1024
+MOST_SLOTS = 2**16
 MAX_TOKENS = 511
 """With the seed token the paper's 512 for OLMo (appendix B)."""
 
@@ -78,6 +79,8 @@ class GenerateConfig:
             if value is not None and value < least:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {value}: expected at least {least}")
+        if (self.batch_size or 0) > MOST_SLOTS:
+            raise UserError(f"--batch-size {self.batch_size}: expected at most {MOST_SLOTS}")
         if (self.contexts is None) != (self.format is None):
             raise UserError("--contexts and --format go together: give both or neither")
         if self.contexts is not None and self.seed_text is not None:

@@ -121,6 +121,7 @@ def test_a_seed_that_leaves_no_token(tinyworld: Path, monkeypatch: pytest.Monkey
         ("--seed-text=", "--seed-text '': the tokenizer makes no token of it"),
         ("--num-samples 0", "--num-samples 0: expected at least 1"),
         ("--batch-size 0", "--batch-size 0: expected at least 1"),
+        ("--batch-size 70000", "--batch-size 70000: expected at most 65536"),
         ("--max-tokens 0", "--max-tokens 0: expected at least 1"),
         ("--store-topk -1", "--store-topk -1: expected at least 0"),
         ("--store-topk 955", "--store-topk 955: the vocabulary has 954"),
