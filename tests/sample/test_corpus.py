@@ -138,15 +138,20 @@ def test_reading_back_gives_what_was_drawn(tinyworld: Path, tmp_path: Path) -> N
         assert np.array_equal(x.logprob_model, z.logprob_model)
 
 
+def interrupt(directory: Path, out: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Begin a corpus at `out` and stop after so many samples."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, after)
+        with pytest.raises(KeyboardInterrupt):
+            draw(directory, out)
+
+
 def test_an_interrupted_corpus_goes_on(
     tinyworld: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches samples lost or doubled by a resume, and parts drawn again for nothing."""
     whole, out = draw(tinyworld, tmp_path / "whole"), tmp_path / "cut"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 50)
-        with pytest.raises(KeyboardInterrupt):
-            draw(tinyworld, out)
+    interrupt(tinyworld, out, monkeypatch, 50)
     there = {f.name: f.stat().st_mtime_ns for f in out.glob("part-*")}
     assert 0 < len(there) < 4
     drawn = draw_with(tinyworld, out, settings_for(tinyworld))
@@ -167,10 +172,7 @@ def test_damage_before_the_manifest_is_found(
 ) -> None:
     """Catches a manifest that vouches for a part damaged between two runs."""
     whole, out = draw(tinyworld, tmp_path / "whole"), tmp_path / "cut"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 60)
-        with pytest.raises(KeyboardInterrupt):
-            draw(tinyworld, out)
+    interrupt(tinyworld, out, monkeypatch, 60)
     victim = sorted(out.glob("part-*"))[0]
     damage(victim)
     drawn = draw_with(tinyworld, out, settings_for(tinyworld))

@@ -59,7 +59,7 @@ def test_kept_sets_equal_the_definition() -> None:
     each by all three ways, of which few are undecided."""
     undecided = total = 0
 
-    @settings(max_examples=2500, deadline=None, database=None)
+    @settings(max_examples=2500, deadline=None, derandomize=True)
     @given(rows_of_every_kind(), st.floats(0.001, 0.9999))
     def check(rows: np.ndarray, top_p: float) -> None:
         nonlocal undecided, total
@@ -76,7 +76,7 @@ def test_kept_sets_equal_the_definition() -> None:
     check()
     print(f"{undecided} of {total} rows undecided")
     assert total >= 100_000
-    assert undecided < 0.05 * total
+    assert undecided < 0.02 * total
 
 
 @settings(max_examples=200, deadline=None)
