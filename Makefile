@@ -41,10 +41,13 @@ lint: setup
 bench: setup
 	$(BIN)/python bench/speed.py
 	$(BIN)/python bench/sampler.py
+	$(BIN)/python bench/train.py
+	$(BIN)/python bench/plan.py
 
-# Generations killed at random moments and resumed, against uninterrupted ones.
+# Generations and training runs killed at random moments and resumed, against uninterrupted ones.
 kill: setup
 	$(BIN)/python bench/kill.py --kills 100
+	$(BIN)/python bench/kill_train.py --kills 60
 
 clean:
 	rm -rf runs

@@ -155,4 +155,4 @@ DESCRIPTION = (
 )
 
 if __name__ == "__main__":
-    run(main, resumes=True)
+    run(main, resumes="run again")

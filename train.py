@@ -3,21 +3,24 @@
     python train.py --method cfs
     torchrun --standalone --nproc-per-node 2 train.py --model DIR --data FILE --format gsm8k
 
-A run leaves config.yaml, metrics.jsonl, training.svg, model/ and summary.json in --out.
+A run leaves config.yaml, metrics.jsonl, training.svg, model/, checkpoints/ and summary.json in
+--out; interrupted, it goes on with --resume.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
 from cfs import ranks as process_ranks
 from cfs.assets import TINYWORLD_DIR
-from cfs.cli import parse, run, save_yaml
+from cfs.cli import parse, run
 from cfs.data import tinyworld
-from cfs.data.formats import Example, make_examples
-from cfs.data.mixture import Mixture
+from cfs.data.mixture import Source
 from cfs.data.tokenizer import Tokenizer
 from cfs.eval.report import plot_training, print_summary
 from cfs.eval.skills import Score, load_tasks, score_tasks
@@ -25,71 +28,106 @@ from cfs.files import write_atomically
 from cfs.model import load_model, read_config, resolve_checkpoint
 from cfs.ranks import Ranks
 from cfs.train.config import TrainConfig
-from cfs.train.endpoints import save_result, starting_model
-from cfs.train.loop import TrainResult, train
-from cfs.train.parallel import shard
-from cfs.train.rundir import claim_run_directory, run_facts
-from cfs.train.sources import held_out_samples, synthetic_examples, task_records
+from cfs.train.endpoints import save_result
+from cfs.train.loop import Progress, train
+from cfs.train.metrics import check_loggers
+from cfs.train.optim import check_optimizer
+from cfs.train.prepare import prepared_run
+from cfs.train.rundir import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    MODEL,
+    SUMMARY,
+    claimed_run_directory,
+    recalled,
+    run_facts,
+)
+from cfs.train.sources import TaskData, held_out_samples, synthetic_examples, task_data
 
 
 def fine_tune(config: TrainConfig, ranks: Ranks) -> None:
     """One run from its flags to its table. Collective."""
-    method = config.method_spec
+    config = ranks.on_main(lambda: recalled(config))
     directory = resolve_checkpoint(config.model or TINYWORLD_DIR)
     context = read_config(directory).max_position_embeddings
     config = config.resolved(ranks.device.type, context)
+    check_optimizer(config.optimizer)
     tokenizer = Tokenizer(directory)
-    records = task_records(config)
-    task = make_examples(records, tokenizer, config.max_length, method.all_tokens)
-    config = config.counted(len(task))
-    compute_dtype = getattr(torch, config.dtype)
-    out = ranks.on_main(lambda: claim_run_directory(config))
-    if ranks.is_main:
-        cut = sum(int(example.input_ids[-1]) != tokenizer.eos_id for example in task)
-        print(
-            f"{method.name}: {config.steps} steps of {config.batch_size} examples -> {out}\n"
-            f"{len(task)} of {len(records)} records have a response within {config.max_length} "
-            f"tokens; {cut} of them are cut"
-        )
+    task = task_data(config, tokenizer)
+    config = config.counted(task.num_examples)
+    with ExitStack() as stack:
+        facts = run_facts(ranks.world_size)
+        out = ranks.on_main(lambda: stack.enter_context(claimed_run_directory(config, facts)))
+        if (out / SUMMARY).is_file():
+            finished = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+            if ranks.is_main:
+                print(f"{out}: this run is finished")
+                print_summary(finished)
+            return
+        if ranks.is_main:
+            print(
+                f"{config.method}: {config.steps} steps of {config.batch_size} examples -> {out}\n"
+                f"{task.num_examples} of {task.num_records} records have a response within "
+                f"{config.max_length} tokens; {task.num_cut} of them are cut"
+            )
+        run_in(out, config, directory, tokenizer, task, ranks)
 
+
+def run_in(
+    out: Path,
+    config: TrainConfig,
+    directory: Path,
+    tokenizer: Tokenizer,
+    task: TaskData,
+    ranks: Ranks,
+) -> None:
+    """Measure the base, draw what is needed, train, measure again. Collective."""
+    method, compute_dtype = config.method_spec, getattr(torch, config.dtype)
     tasks = load_tasks() if config.on_tinyworld_data else []
     base_scores: dict[str, Score] = {}
-    synthetic: list[Example] = []
-    held_out = None
+    sources, held_out = task.sources, None
     if not method.from_scratch:
         base = load_model(directory, dtype=compute_dtype, device=ranks.device)
         if tasks:
             base_scores = score_tasks(base, tokenizer, tasks, config.skill_items, ranks)
         if method.uses_synthetic:
-            count = round(config.synthetic_ratio * len(task))
-            synthetic = synthetic_examples(config, directory, base, tokenizer, count, ranks)
+            count = round(config.synthetic_ratio * task.num_examples)
+            samples = synthetic_examples(config, directory, base, tokenizer, count, ranks)
+            sources = [*sources, Source("sample", samples, synthetic=True)]
         held_out = held_out_samples(config, directory, base, tokenizer, ranks)
         del base
 
-    model, stored_dtype = starting_model(config, directory, ranks)
-    shard(model, ranks, compute_dtype)
-    mixture = Mixture(task, synthetic, config.batch_size, config.seed)
-    if ranks.is_main:
-        save_yaml(config, out / "config.yaml", run_facts(ranks.world_size))
-    result = train(model, mixture, held_out, config, ranks, out / "metrics.jsonl")
-    save_result(model, out / "model", stored_dtype, ranks)
-    del model
+    run = prepared_run(config, directory, sources, held_out, out, ranks)
+    is_done = train(run)
+    if run.metrics is not None:
+        run.metrics.close()
+    if not is_done:
+        if ranks.is_main:
+            print(
+                f"stopped after step {run.progress.step} of {config.steps}, which is saved; "
+                f"go on with: {Path(sys.argv[0]).name} --resume --out {out}"
+            )
+        return
+    save_result(run.model, out / MODEL, run.result_dtype, ranks)
+    progress = run.progress
+    del run
 
     tuned_scores: dict[str, Score] = {}
     if tasks:
-        tuned = load_model(out / "model", dtype=compute_dtype, device=ranks.device)
+        tuned = load_model(out / MODEL, dtype=compute_dtype, device=ranks.device)
         tuned_scores = score_tasks(tuned, tokenizer, tasks, config.skill_items, ranks)
     if ranks.is_main:
-        summary = summarise(config, result, base_scores, tuned_scores)
-        write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        plot_training(out / "metrics.jsonl", out / "training.svg")
+        summary = summarise(config, progress, base_scores, tuned_scores)
+        plot_training(out / METRICS, out / "training.svg")
+        write_atomically(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
         print_summary(summary)
-        print(f"\n{out}: summary.json, metrics.jsonl, training.svg, config.yaml, model/")
+        print(f"\n{out}: {SUMMARY}, {METRICS}, training.svg, {CONFIG}, {MODEL}/, {CHECKPOINTS}/")
 
 
 def summarise(
     config: TrainConfig,
-    result: TrainResult,
+    progress: Progress,
     base: dict[str, Score],
     tuned: dict[str, Score],
 ) -> dict[str, object]:
@@ -105,12 +143,12 @@ def summarise(
     return {
         "method": config.method,
         "seed": config.seed,
-        "kl_nats": result.kl.nats if result.kl else None,
-        "kl_se": result.kl.se if result.kl else None,
-        "steps": result.steps,
-        "targets_task": result.targets_task,
-        "targets_synthetic": result.targets_synthetic,
-        "train_seconds": result.train_seconds,
+        "kl_nats": progress.kl.nats if progress.kl else None,
+        "kl_se": progress.kl.se if progress.kl else None,
+        "steps": progress.step,
+        "targets_task": progress.targets_task,
+        "targets_synthetic": progress.targets_synthetic,
+        "train_seconds": progress.seconds,
         "skills": skills,
         "new_skills": [name for name in skills if name == tinyworld.NEW_SKILL],
     }
@@ -118,6 +156,7 @@ def summarise(
 
 def main() -> None:
     config = parse(TrainConfig, DESCRIPTION)
+    check_loggers(config)
     ranks = process_ranks.start(config.device)
     try:
         fine_tune(config, ranks)
@@ -132,4 +171,4 @@ DESCRIPTION = (
 )
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumes="the same command with --resume and its --out", stopped=0)

@@ -22,7 +22,6 @@ from cfs.errors import MainRankError, UserError
 
 Config = TypeVar("Config")
 
-EXIT_USER_ERROR = 2
 EXIT_SIGTERM = 128 + signal.SIGTERM
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -61,6 +60,8 @@ def parse(
         }
         if hint is bool:
             kind, shown = {"action": "store_true"}, ""
+        if list[str] in (hint, *typing.get_args(hint)):
+            kind |= {"nargs": "+", "type": str}
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             default=field.default,
@@ -128,15 +129,16 @@ def save_yaml(config: Any, path: Path, comments: list[str]) -> None:
     path.write_text(head + body, encoding="utf-8")
 
 
-def run(main: Callable[[], None], resumes: bool = False) -> None:
-    """Call an entry point; a `UserError` becomes one line on stderr and exit code 2.
+def run(main: Callable[[], None], resumes: str | None = None, stopped: int = EXIT_SIGTERM) -> None:
+    """Call an entry point; a `UserError` becomes one line on stderr and its exit code.
 
-    resumes  the program goes on where it stopped: SIGTERM is answered by cleaning up and a line
-             that says so
+    resumes  how the program goes on where it stopped, if it does ("run again"): SIGTERM is
+             answered by cleaning up and a line that says so
+    stopped  the exit code after it
     """
     program, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     code = 0
-    if resumes:
+    if resumes is not None:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
@@ -144,7 +146,7 @@ def run(main: Callable[[], None], resumes: bool = False) -> None:
         where = "" if rank == "0" else f" (rank {rank})"
         if not isinstance(error, MainRankError):
             print(f"{program}{where}: error: {error}", file=sys.stderr, flush=True)
-        code = EXIT_USER_ERROR
+        code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except Terminated:
@@ -152,8 +154,8 @@ def run(main: Callable[[], None], resumes: bool = False) -> None:
             others = (
                 "" if "TORCHELASTIC_RUN_ID" not in os.environ else ", unless another rank failed"
             )
-            print(f"{program}: stopped by SIGTERM; run again to resume{others}", file=sys.stderr)
-        code = EXIT_SIGTERM
+            print(f"{program}: stopped by SIGTERM; {resumes} to resume{others}", file=sys.stderr)
+        code = stopped
     leave(code)
 
 

@@ -8,7 +8,19 @@ class UserError(ValueError):
     Every other exception is a bug of ours and keeps its traceback.
     """
 
+    exit_code = 2
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is not a finite number: the run stops before it takes the step."""
+
+    exit_code = 3
+
 
 class MainRankError(UserError):
-    """A `UserError` of rank 0 as the other ranks raise it: they stop too, and leave it to rank 0
-    to say why."""
+    """A `UserError` of rank 0 as the other ranks raise it: they stop too, with the same exit code,
+    and leave it to rank 0 to say why."""
+
+    def __init__(self, message: str, exit_code: int = UserError.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

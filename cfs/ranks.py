@@ -54,7 +54,8 @@ class Ranks:
         with _alive():
             dist.broadcast_object_list(outcome, src=0, group=self.hosts)
         if isinstance(outcome[0], UserError):
-            raise outcome[0] if self.is_main else MainRankError(str(outcome[0]))
+            error = outcome[0]
+            raise error if self.is_main else MainRankError(str(error), error.exit_code)
         return outcome[0]
 
     def gather(self, value: Any) -> list[Any]:

@@ -29,10 +29,12 @@ class Example:
 
     input_ids    (T,) int64
     target_mask  (T,) bool, True where the token's loss counts; never at the seed token
+    number       of the record in its file, counted from 1, or of the sample in its corpus
     """
 
     input_ids: np.ndarray
     target_mask: np.ndarray
+    number: int = 0
 
     @property
     def num_targets(self) -> int:
@@ -108,13 +110,13 @@ def _text(row: Mapping[str, Any], field: str) -> str:
 # ------------------------------------------------------------------------------ file -> records
 
 
-def read_records(path: str | Path, format_name: str | None) -> list[Record]:
+def read_records(path: str | Path, format_name: str | None, flag: str = "--data") -> list[Record]:
     """Every record of a JSONL, JSON-array or parquet file. `UserError` names file, row, field."""
     if format_name not in FORMATS:
         raise UserError(f"--format {format_name!r} is unknown; known: {', '.join(FORMATS)}")
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"--data {file}: no such file")
+        raise UserError(f"{flag} {file}: no such file")
     records = []
     for number, row in _rows(file):
         try:
@@ -138,7 +140,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Rows with their numbers, counted from 1."""
     if file.suffix == ".parquet":
         try:
-            yield from enumerate(pq.read_table(file).to_pylist(), start=1)
+            yield from enumerate(pq.read_table(file, use_threads=False).to_pylist(), start=1)
         except pa.ArrowInvalid as error:
             raise UserError(f"{file}: not a parquet file ({error})") from error
         return
@@ -185,17 +187,17 @@ def make_examples(
     """
     pairs = tokenizer.encode_continuations([p for p, _ in records], [r for _, r in records])
     examples = []
-    for prompt, response in pairs:
+    for number, (prompt, response) in enumerate(pairs, start=1):
         ids = [tokenizer.seed_id, *prompt, *response, tokenizer.eos_id][:max_length]
         first_target = 1 if all_tokens else 1 + len(prompt)
         if first_target < len(ids):
-            examples.append(make_example(ids, first_target))
+            examples.append(make_example(ids, first_target, number))
     if not examples:
         raise UserError(f"--max-length {max_length}: no example has a response within it; raise it")
     return examples
 
 
-def make_example(ids: list[int] | np.ndarray, first_target: int) -> Example:
+def make_example(ids: list[int] | np.ndarray, first_target: int, number: int = 0) -> Example:
     """The example in which every token from `first_target` on is a target."""
     input_ids = np.asarray(ids, dtype=np.int64)
-    return Example(input_ids, np.arange(len(input_ids)) >= first_target)
+    return Example(input_ids, np.arange(len(input_ids)) >= first_target, number)

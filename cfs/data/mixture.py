@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from cfs.data.formats import Example
+
+
+@dataclass(frozen=True)
+class Source:
+    """Examples of one kind, and how many of them an epoch of the mixture draws."""
+
+    name: str
+    """What an example's number counts in: "train.jsonl row", "sample"."""
+    examples: list[Example]
+    synthetic: bool = False
+    """True for all-token samples of the base model, False for task examples."""
+    per_epoch: int | None = None
+    """None for all of them, once each."""
+
+    @property
+    def num_draws(self) -> int:
+        return len(self.examples) if self.per_epoch is None else self.per_epoch
 
 
 @dataclass(frozen=True)
@@ -17,37 +35,67 @@ class Draw:
     example: Example
     synthetic: bool
     """True for an all-token sample of the base model, False for a task example."""
+    source: str = "example"
+
+    @property
+    def id(self) -> str:
+        """What a person finds the example by."""
+        return f"{self.source} {self.example.number}"
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Task examples and synthetic samples, shuffled together anew for each epoch.
+    """Sources shuffled together anew for each epoch.
 
-    The N_S = r N_F samples of the corpus stand beside the N_F task examples, so a batch holds
-    them in the ratio r : 1 on average (section 3, "1:1 mix").
+    The N_S = r N_F samples of a corpus stand beside the N_F task examples, so a batch holds
+    them in the ratio r : 1 on average (section 3, "1:1 mix"). A source with a `per_epoch` of its
+    own is walked through in shuffled passes that run on from one epoch to the next.
     """
 
-    task: list[Example]
-    synthetic: list[Example]
+    sources: list[Source]
     batch_size: int
     seed: int
 
     def __len__(self) -> int:
-        return len(self.task) + len(self.synthetic)
+        """Draws of one epoch."""
+        return sum(source.num_draws for source in self.sources)
 
     def batch(self, step: int) -> list[Draw]:
         """The `batch_size` examples of step `step`, counted from 0; epochs run into each other."""
         first = step * self.batch_size
         return [self._draw(position) for position in range(first, first + self.batch_size)]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides every batch: the examples, their targets, shares and the seed."""
+        digest = hashlib.sha256(f"{self.batch_size} {self.seed}".encode())
+        for source in self.sources:
+            digest.update(f"{source.num_draws} {source.synthetic} {len(source.examples)}".encode())
+            for example in source.examples:
+                digest.update(len(example.input_ids).to_bytes(8, "little"))
+                digest.update(np.ascontiguousarray(example.input_ids, dtype="<i8").tobytes())
+                digest.update(np.packbits(example.target_mask).tobytes())
+        return digest.hexdigest()
+
     def _draw(self, position: int) -> Draw:
         epoch, offset = divmod(position, len(self))
-        index = int(_permutation(self.seed, epoch, len(self))[offset])
-        if index < len(self.task):
-            return Draw(self.task[index], synthetic=False)
-        return Draw(self.synthetic[index - len(self.task)], synthetic=True)
+        slot = int(_permutation((self.seed, epoch), len(self))[offset])
+        for number, source in enumerate(self.sources):
+            if slot < source.num_draws:
+                example = source.examples[self._place(number, source, epoch, slot)]
+                return Draw(example, source.synthetic, source.name)
+            slot -= source.num_draws
+        raise AssertionError("a slot lies in one of the sources")
+
+    def _place(self, number: int, source: Source, epoch: int, slot: int) -> int:
+        """Which example the source's draw `slot` of an epoch is."""
+        if source.num_draws == len(source.examples):
+            return slot
+        earlier_passes, offset = divmod(epoch * source.num_draws + slot, len(source.examples))
+        shuffled = _permutation((self.seed, number, earlier_passes), len(source.examples))
+        return int(shuffled[offset])
 
 
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+@lru_cache(maxsize=16)
+def _permutation(key: tuple[int, ...], num_examples: int) -> np.ndarray:
+    return np.random.default_rng(list(key)).permutation(num_examples)

@@ -1,7 +1,8 @@
 """The one gate to attention kernels: causal batches, prompts into a cache, cached decoding.
 
-A model calls `context.attend(layer, q, k, v)` and never learns which of the three it serves.
-Decoding has three routes: the flash-attn package, torch's varlen kernel, and plain torch.
+A model calls `context.attend(layer, q, k, v)` and never learns which of them it serves, or whether
+it serves the packed documents of `cfs.model.packed_attention`. Decoding and packed training have
+three routes: the flash-attn package, torch's varlen kernel, and plain torch.
 
 Shapes: B rows, T new positions, S cached positions, H heads, K KV heads, C channels per head.
 """
@@ -23,7 +24,7 @@ from cfs.model.kv_cache import KVCache
 Route = Literal["flash", "varlen", "sdpa"]
 AskedRoute = Literal["auto", "flash", "varlen", "sdpa"]
 ROUTES: tuple[Route, ...] = ("flash", "varlen", "sdpa")
-"""Kernels of a decode step, the best first; sdpa is plain torch and runs anywhere."""
+"""Kernels, the best first; sdpa is plain torch and runs anywhere."""
 
 
 class AttentionContext(Protocol):
@@ -171,8 +172,16 @@ def _varlen_decode(q: Tensor, keys: Tensor, values: Tensor, num_used: Tensor) ->
 
 def choose_route(asked: AskedRoute, device: torch.device, dtype: torch.dtype) -> Route:
     """The decode route to take. `UserError` where the one asked for is not available here."""
-    for route in ROUTES:
-        reason = why_not(route, device, dtype)
+    return _choose(asked, [(route, why_not(route, device, dtype)) for route in ROUTES])
+
+
+def choose_training_route(asked: AskedRoute, device: torch.device, dtype: torch.dtype) -> Route:
+    """The same for packed documents, whose kernels need no cache (`cfs.model.packed_attention`)."""
+    return _choose(asked, [(route, why_not_training(route, device, dtype)) for route in ROUTES])
+
+
+def _choose(asked: AskedRoute, states: list[tuple[Route, str | None]]) -> Route:
+    for route, reason in states:
         if asked == route and reason is not None:
             raise UserError(f"--attention {asked}: {reason}; use --attention auto")
         if asked in (route, "auto") and reason is None:
@@ -189,7 +198,15 @@ def _help() -> str:
 
 
 def why_not(route: Route, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a route cannot be taken with tensors of this device and dtype; None if it can."""
+    """Why a decode step of this device and dtype cannot take a route; None if it can."""
+    reason = why_not_training(route, device, dtype)
+    if reason is None and route == "varlen" and "seqused_k" not in VARLEN_OPTIONS:
+        return "torch's varlen_attn lacks seqused_k (2.12 has it)"
+    return reason
+
+
+def why_not_training(route: Route, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why packed documents of this device and dtype cannot take a route; None if they can."""
     if route == "sdpa":
         return None
     if device.type != "cuda":
@@ -200,20 +217,26 @@ def why_not(route: Route, device: torch.device, dtype: torch.dtype) -> str | Non
         return "needs a GPU of compute capability 8.0 or more"
     if route == "flash":
         try:
-            from flash_attn import flash_attn_with_kvcache  # type: ignore  # noqa: F401
+            from flash_attn import (  # type: ignore[import-not-found]
+                flash_attn_varlen_func,  # noqa: F401
+                flash_attn_with_kvcache,  # noqa: F401
+            )
         except ImportError as error:
             return f"the package flash-attn cannot be imported ({error})"
         return None
-    return None if _varlen_knows_caches() else "torch's varlen_attn lacks seqused_k (2.12 has it)"
+    return None if VARLEN_OPTIONS else "this torch has no varlen_attn"
 
 
-def _varlen_knows_caches() -> bool:
+def _varlen_options() -> frozenset[str]:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return "seqused_k" in inspect.signature(varlen_attn).parameters
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
+
+VARLEN_OPTIONS = _varlen_options()
+"""What this torch's `varlen_attn` can be told; empty where there is none."""
 
 ATTENTION_HELP = _help()
 """One line for `--help`: the routes, and which are available here."""

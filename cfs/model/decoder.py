@@ -62,12 +62,15 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         target_mask: Tensor | None = None,
         context: AttentionContext | None = None,
+        grad_hint: Tensor | None = None,
     ) -> Tensor:
         """Logits, or with `target_mask` the log-probability of each marked token.
 
         input_ids   (B, T) int64; rows start at position 0 unless `context` says otherwise
-        target_mask (B, T) bool, True where the token is a target; never in column 0, which
-                    nothing predicts
+        target_mask (B, T) bool, True where the token is a target; never at the first token of a
+                    row or document, which nothing predicts
+        grad_hint   (N,) float32, the gradient that the log-probabilities will get, where it is
+                    known (`chunked_logprobs`)
 
         Returns (B, T, V) logits in the model's dtype, or (N,) float32 log p(x_t | x_<t) in nats
         for the N True entries of `target_mask` in row-major order. Only those positions reach
@@ -76,9 +79,12 @@ class Decoder(nn.Module):
         hidden = self.hidden_states(input_ids, context or CausalBatch(*_span(input_ids)))
         if target_mask is None:
             return self.logits(hidden)
-        predicted = target_mask[:, 1:]
+        places = target_mask.flatten().nonzero().squeeze(1)
         return chunked_logprobs(
-            hidden[:, :-1][predicted], self.head_weight, input_ids[:, 1:][predicted]
+            hidden.flatten(0, 1).index_select(0, places - 1),
+            self.head_weight,
+            input_ids.flatten()[places],
+            grad_hint=grad_hint,
         )
 
     def hidden_states(self, input_ids: Tensor, context: AttentionContext) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -82,21 +83,49 @@ def load_model(
     Raises `UserError` for an unsupported config and for every tensor that is missing, unknown,
     misshapen, not floating point, or cannot be read.
     """
-    directory = resolve_checkpoint(path)
+    stored = open_weights(resolve_checkpoint(path))
+    model = build_model(stored.config, device="meta")
+    model.source_dir = str(stored.directory)
+    model.to(dtype or stored.dtype).to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(stored.read(name))
+    return model
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """A checkpoint whose files' headers agree with its config: every tensor is there and fits."""
+
+    directory: Path
+    config: ModelConfig
+    location: dict[str, Path]
+    dtype: torch.dtype
+    """The widest among the tensors."""
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """What is stored of our parameter `name`, or of some of its rows: on the CPU, as stored."""
+        stored = stored_name(name)
+        # Opened anew for each tensor: one open map of the file would keep every page read so far.
+        with _opened(self.location[stored]) as tensors:
+            if rows is None:
+                return tensors.get_tensor(stored)
+            return tensors.get_slice(stored)[rows.start : rows.stop]
+
+
+def open_weights(directory: Path) -> StoredWeights:
+    """The weights of a Hugging Face directory, checked and not yet read.
+
+    Raises `UserError` as `load_model` does.
+    """
     config = read_config(directory)
     model = build_model(config, device="meta")
-    model.source_dir = str(directory)
-    parameters = dict(model.named_parameters())
-    expected = {stored_name(name): tuple(p.shape) for name, p in parameters.items()}
-    location, stored_dtype = _checked_headers(directory, expected, config.tie_word_embeddings)
-    model.to(dtype or stored_dtype).to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        stored = stored_name(name)
-        with torch.no_grad():
-            parameter.copy_(_read_tensor(location[stored], stored))
+    expected = {stored_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+    location, dtype = _checked_headers(directory, expected, config.tie_word_embeddings)
+    stored = StoredWeights(directory, config, location, dtype)
     if config.tie_word_embeddings and "lm_head.weight" in location:
-        _check_tied(model, location["lm_head.weight"])
-    return model
+        _check_tied(stored)
+    return stored
 
 
 def checkpoint_dtype(path: str | Path) -> torch.dtype:
@@ -208,12 +237,6 @@ FLOAT_DTYPES = {
 }
 
 
-def _read_tensor(file: Path, name: str) -> Tensor:
-    # Opened anew for each tensor: one open map of the file would keep every page read so far.
-    with _opened(file) as tensors:
-        return tensors.get_tensor(name)
-
-
 def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
@@ -223,11 +246,13 @@ def _opened(file: Path) -> Any:
         ) from error
 
 
-def _check_tied(model: Decoder, file: Path) -> None:
-    """Hold a stored copy of the tied head against the embedding already loaded."""
-    embedding, name = model.embed_tokens.weight, "lm_head.weight"
-    if not torch.equal(_read_tensor(file, name).to(embedding), embedding):
+def _check_tied(stored: StoredWeights) -> None:
+    """Hold a stored copy of the tied head against the embedding."""
+    name = "lm_head.weight"
+    embedding, head = stored.read("embed_tokens.weight"), stored.read(name)
+    dtype = torch.promote_types(embedding.dtype, head.dtype)
+    if not torch.equal(head.to(dtype), embedding.to(dtype)):
         raise UserError(
-            f"{file}: {name} differs from the embedding though config.json ties them; "
-            "set tie_word_embeddings to false"
+            f"{stored.location[name]}: {name} differs from the embedding though config.json ties "
+            "them; set tie_word_embeddings to false"
         )

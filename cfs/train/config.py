@@ -15,6 +15,18 @@ from cfs.train.methods import METHODS, Method
 PAPER_SAMPLING = (1.0, 0.95)
 """Temperature and top-p of context-free samples (section 3)."""
 
+AT_LEAST_ONE = (
+    "batch_size",
+    "steps",
+    "kl_every",
+    "micro_batch_tokens",
+    "save_every",
+    "keep",
+    "stop_after",
+    "shard_ranks",
+    "plan_ranks",
+)
+
 # What a field that the user left out becomes. The paper's setting for real checkpoints (section
 # 3, appendix B); a small model on a small world wants larger steps and shorter texts.
 CHECKPOINT_DEFAULTS: dict[str, Any] = {
@@ -24,6 +36,7 @@ CHECKPOINT_DEFAULTS: dict[str, Any] = {
     "batch_size": 128,
     "beta2": 0.999,
     "micro_batch_tokens": 16384,
+    "optimizer": "adamw8bit",
 }
 TINYWORLD_DEFAULTS: dict[str, Any] = CHECKPOINT_DEFAULTS | {
     "lr": 1e-3,
@@ -32,6 +45,7 @@ TINYWORLD_DEFAULTS: dict[str, Any] = CHECKPOINT_DEFAULTS | {
     "batch_size": 32,  # many small steps: at 128 a minute of CPU is too few to learn anything
     "max_length": 128,
     "micro_batch_tokens": 1024,  # what fits a CPU's cache
+    "optimizer": "adamw",
 }
 PRETRAIN_DEFAULTS: dict[str, Any] = TINYWORLD_DEFAULTS | {
     "lr": 2e-3,
@@ -64,7 +78,11 @@ class TrainConfig:
     model: str = option(None, "model directory or hub name; default: embedded TinyWorld")
     data: str | None = option(None, "fine-tuning data, JSONL or parquet; default: TinyWorld's")
     format: str | None = option(None, "of --data, and needed with it: " + ", ".join(FORMATS))
+    interleave: list[str] | None = option(  # noqa: RUF009 (it makes a field)
+        None, "several task files instead of --data, and their shares", "FILE:FORMAT=WEIGHT"
+    )
     out: str | None = option(None, "run directory; default: the next free one under runs/")
+    resume: bool = option(False, "go on with the run in --out, or begin it there")
 
     synthetic: str | None = option(None, "corpus from generate.py; default: drawn and cached")
     corpora: str = option("runs/corpora", "where drawn corpora are kept and found again")
@@ -75,36 +93,59 @@ class TrainConfig:
     normalize: Literal["pooled", "source"] = option(
         "pooled", "divide by all targets, or each source by its own"
     )
+    l2: float = option(0.0, "weight of ||theta - theta*||^2 (Table 10)")
 
     steps: int = _depends("steps", "gradient steps, instead of --epochs")
     epochs: float | None = _depends("epochs", "passes over the task data alone")
     batch_size: int = _depends("batch_size", "examples per gradient step, over all ranks")
-    micro_batch_tokens: int = _depends(
-        "micro_batch_tokens", "tokens per forward pass, padding counted"
-    )
     max_length: int = _depends("max_length", "tokens an example or sample is cut to")
     lr: float = _depends("lr", "peak learning rate")
+    optimizer: Literal["adamw", "adamw8bit"] = _depends(
+        "optimizer", "AdamW with float32 states, or bitsandbytes' with 8-bit states"
+    )
     beta2: float = _depends("beta2", "AdamW's decay of the squared gradient")
     warmup: float = option(0.03, "share of the steps that warm up; cosine to zero after")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices")
     clip: float = option(1.0, "largest gradient norm; 0 clips nothing")
 
+    save_every: int = option(None, "steps between checkpoints; default: a tenth of the run")
+    keep: int = option(2, "checkpoints kept, the newest")
+    stop_after: int | None = option(
+        None, "save and stop after this step, as SIGTERM does; --resume goes on", "STEP"
+    )
     kl_samples: int = option(512, "held-out samples, drawn at temperature 1 and top-p 1")
     kl_every: int = option(None, "steps between KL estimates; default: a tenth of the run")
     skill_items: int = option(200, "test items per skill at the end (TinyWorld)")
+    tensorboard: bool = option(False, "write the metrics for TensorBoard too, into the run")
+    wandb: str | None = option(None, "send the metrics to this Weights & Biases project too")
 
     seed: int = option(0, "of the data order, the samples and pretraining's weights")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
     dtype: Literal["float32", "bfloat16"] = option(
-        None, "of the computation; masters are float32; default: bfloat16 on CUDA"
+        None, "of the computation; default: bfloat16 on CUDA, else float32"
     )
+    masters: Literal["float32", "bfloat16"] = option(
+        "float32", "of the weights that are updated; bfloat16 ones are rounded stochastically"
+    )
+    micro_batch_tokens: int = _depends("micro_batch_tokens", "tokens per forward pass and rank")
+    activation_checkpointing: Literal["none", "selective", "block"] = option(
+        "none", "what the backward pass computes again instead of keeping it"
+    )
+    compile: bool = option(False, "torch.compile the blocks")
+    shard_ranks: int | None = option(
+        None, "ranks that hold one copy of the model; fewer than all: hybrid sharding [all]"
+    )
+    offload_reference: bool = option(False, "keep theta* of --l2 in host memory")
+    plan: bool = option(False, "print the memory that a rank needs, and stop")
+    plan_ranks: int | None = option(None, "ranks to plan for; default: those of this run")
+    plan_gib: float | None = option(None, "memory of one rank's device; default: this machine's")
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"--method {self.method!r} is unknown; known: {', '.join(METHODS)}")
         _require(self, "kl_samples", self.kl_samples >= 2, "at least 2, for a standard error")
         _require(self, "skill_items", self.skill_items >= 1, "at least 1")
-        for name in ("batch_size", "steps", "kl_every", "micro_batch_tokens"):
+        for name in AT_LEAST_ONE:
             _require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, ">= 1")
         _require(self, "beta2", self.beta2 is None or 0 < self.beta2 < 1, "in (0, 1)")
         _require(self, "max_length", self.max_length is None or self.max_length >= 2, ">= 2")
@@ -114,11 +155,16 @@ class TrainConfig:
         _require(self, "temperature", self.temperature > 0, "above 0")
         _require(self, "top_p", 0 < self.top_p <= 1, "in (0, 1]")
         _require(self, "warmup", 0 <= self.warmup < 1, "in [0, 1)")
-        for name in ("lam", "weight_decay", "clip"):
+        for name in ("lam", "l2", "weight_decay", "clip"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
         _require(self, "seed", 0 <= self.seed < 2**32, "in [0, 2^32)")
+        _require(self, "plan_gib", self.plan_gib is None or self.plan_gib > 0, "above 0")
         if (self.data is None) != (self.format is None):
             raise UserError("--data and --format go together; see --help for the formats")
+        if self.interleave is not None and self.data is not None:
+            raise UserError("--data and --interleave: give one of them")
+        if self.resume and self.out is None:
+            raise UserError("--resume: needs --out, the directory of the run")
         if self.steps is not None and self.epochs is not None:
             raise UserError(f"--steps {self.steps} and --epochs {self.epochs}: give one of them")
         if self.synthetic is not None and not self.method_spec.uses_synthetic:
@@ -127,8 +173,10 @@ class TrainConfig:
             raise UserError(
                 "--synthetic: the corpus is drawn; --temperature and --top-p are its own"
             )
-        if self.method_spec.from_scratch and self.epochs is not None and self.data is None:
+        if self.method_spec.from_scratch and self.epochs is not None and self.on_tinyworld_data:
             raise UserError("--epochs: TinyWorld's pretraining text has no end; give --steps")
+        if self.method_spec.from_scratch and self.l2 > 0:
+            raise UserError(f"--l2 {self.l2}: --method {self.method} has no theta* to stay near")
 
     @property
     def on_embedded_model(self) -> bool:
@@ -138,7 +186,7 @@ class TrainConfig:
     @property
     def on_tinyworld_data(self) -> bool:
         """Is the task TinyWorld's new skill, so that its skills can be scored?"""
-        return self.data is None
+        return self.data is None and self.interleave is None
 
     @property
     def method_spec(self) -> Method:
@@ -174,8 +222,14 @@ class TrainConfig:
         if steps is None:
             assert self.epochs is not None, "resolved() fills in one of the two"
             steps = max(1, round(self.epochs * num_task_examples / self.batch_size))
-        kl_every = self.kl_every or max(1, steps // 10)
-        return replace(self, steps=steps, epochs=None, kl_every=kl_every)
+        tenth = max(1, steps // 10)
+        return replace(
+            self,
+            steps=steps,
+            epochs=None,
+            kl_every=self.kl_every or tenth,
+            save_every=self.save_every or tenth,
+        )
 
 
 def _require(config: TrainConfig, name: str, holds: bool, rule: str) -> None:

@@ -2,30 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cfs.model import Decoder, build_model, load_model, read_config
+from cfs.model import Decoder, build_model
 from cfs.model.saving import save_tensors
-from cfs.model.weights import checkpoint_dtype
+from cfs.model.weights import StoredWeights, open_weights
 from cfs.ranks import Ranks
 from cfs.train.config import TrainConfig
 from cfs.train.optim import init_weights
-from cfs.train.parallel import full_parameters
+from cfs.train.parallel import (
+    LocalShard,
+    checkpoint_activations,
+    compile_blocks,
+    full_parameters,
+    local_shards,
+    shard,
+)
 
 
-def starting_model(
-    config: TrainConfig, directory: Path, ranks: Ranks
-) -> tuple[Decoder, torch.dtype]:
-    """Float32 masters on this rank's device, and the dtype the result is stored in."""
-    if not config.method_spec.from_scratch:
-        stored = checkpoint_dtype(directory)
-        return load_model(directory, dtype=torch.float32, device=ranks.device), stored
-    model = build_model(read_config(directory), device="cpu")
-    init_weights(model, config.seed)
+@dataclass(frozen=True)
+class Trained:
+    """A model set up for training on this rank."""
+
+    model: Decoder
+    shards: list[LocalShard]
+    stored: StoredWeights
+    """The checkpoint it started from; of random weights, the one whose shape it has."""
+    result_dtype: torch.dtype
+    """Of the model that the run writes."""
+
+
+def starting_model(config: TrainConfig, directory: Path, ranks: Ranks) -> Trained:
+    """Masters on this rank's device, of which it reads and holds its own rows alone.
+
+    Random weights are the exception: every rank draws the whole model before it is sharded.
+    """
+    stored = open_weights(directory)
+    masters, compute = getattr(torch, config.masters), getattr(torch, config.dtype)
+    from_scratch = config.method_spec.from_scratch
+    model = build_model(stored.config, device="cpu" if from_scratch else "meta")
     model.source_dir = str(directory)
-    return model.to(ranks.device), torch.float32
+    if from_scratch:
+        init_weights(model, config.seed)
+    model.to(masters)
+    checkpoint_activations(model, config.activation_checkpointing)
+    if config.compile:
+        compile_blocks(model)
+    if from_scratch:
+        model.to(ranks.device)
+    shard(model, ranks, compute, config.shard_ranks)
+    if not from_scratch:
+        model.to_empty(device=ranks.device)
+        for piece in local_shards(model):
+            piece.local.copy_(stored.read(piece.name, piece.rows))
+    result_dtype = torch.float32 if from_scratch else stored.dtype
+    return Trained(model, local_shards(model), stored, result_dtype)
 
 
 def save_result(model: Decoder, path: Path, dtype: torch.dtype, ranks: Ranks) -> None:

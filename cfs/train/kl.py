@@ -60,7 +60,7 @@ def sequence_logprobs(
 ) -> tuple[list[int], np.ndarray]:
     """log p_theta of all targets of each example, for this rank's part of the examples.
 
-    max_tokens  per forward pass, padding counted
+    max_tokens  per forward pass
 
     Returns the examples' places in the list and as many float64 sums in nats. Collective.
     """
@@ -68,10 +68,8 @@ def sequence_logprobs(
     ids: list[int] = []
     sums: list[Tensor] = []
     for batch in micro_batches(draws, max_tokens, ranks.rank, ranks.world_size):
-        on_device = batch.to(ranks.device)
-        logprobs = token_logprobs(model, on_device).double()
-        row_of_target = on_device.target_mask.nonzero()[:, 0]
-        row_sums = torch.zeros(len(batch.draw_ids), dtype=torch.float64, device=ranks.device)
-        sums.append(row_sums.index_add_(0, row_of_target, logprobs).cpu())
+        logprobs = token_logprobs(model, batch.to(ranks.device)).double().cpu()
+        document_sums = torch.zeros(len(batch.draw_ids), dtype=torch.float64)
+        sums.append(document_sums.index_add_(0, batch.document_of_target, logprobs))
         ids += batch.draw_ids
     return ids, torch.cat(sums).numpy()

@@ -2,134 +2,233 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from cfs.data.mixture import Mixture
+from cfs.data.mixture import Draw, Mixture
 from cfs.data.packing import micro_batches
-from cfs.errors import UserError
+from cfs.errors import MainRankError, NonFiniteError
 from cfs.model import Decoder
 from cfs.progress import Bar
 from cfs.ranks import Ranks
+from cfs.train.checkpoint import Checkpoints
 from cfs.train.config import TrainConfig
-from cfs.train.kl import HeldOutSamples, KLEstimate, estimate_kl
+from cfs.train.kl import HeldOutSamples, KLEstimate, estimate_kl, sequence_logprobs
 from cfs.train.loss import SourceWeights, TargetCounts, micro_batch_loss
-from cfs.train.optim import cosine_lr, make_adamw
+from cfs.train.metrics import MetricsLog, clocked_metrics
+from cfs.train.optim import ShardedAdamW, cosine_lr
+from cfs.train.parallel import LocalShard
+from cfs.train.reference import Reference
+from cfs.train.stopping import StopRequest, listening
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run amounts to; `kl` is None where no held-out samples were given."""
+@dataclass
+class Progress:
+    """Where a run stands; a checkpoint keeps it beside the weights."""
 
-    steps: int
-    targets_task: int
-    targets_synthetic: int
-    train_seconds: float
-    kl: KLEstimate | None
+    step: int = 0
+    """Steps taken."""
+    targets_task: int = 0
+    targets_synthetic: int = 0
+    seconds: float = 0.0
+    kl: KLEstimate | None = None
+    """The last estimate; None where no held-out samples were given."""
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> Progress:
+        values: dict[str, Any] = facts | {"kl": facts["kl"] and KLEstimate(**facts["kl"])}
+        return cls(**values)
 
 
-def train(
-    model: Decoder,
-    mixture: Mixture,
-    held_out: HeldOutSamples | None,
-    config: TrainConfig,
-    ranks: Ranks,
-    metrics_file: Path,
-) -> TrainResult:
-    """Minimise the objective for `config.steps` steps, writing a line of metrics for each.
+@dataclass
+class Run:
+    """All that a step touches.
 
-    model     sharded or whole, on `ranks.device`, float32 masters; trained in place
-    held_out  samples of the starting model for the KL, estimated before the first step, every
-              `config.kl_every` steps and after the last
+    model      on `ranks.device`, sharded or whole; trained in place
+    shards     this rank's part of its parameters
+    held_out   samples of theta* for the KL, estimated before the first step, every
+               `config.kl_every` steps and after the last
+    reference  theta*, where a penalty needs it
+    metrics, checkpoints   None: nothing is written
+    result_dtype  of the model that the run writes in the end
     """
-    optimizer = make_adamw(model, config.lr, config.weight_decay, config.beta2)
-    targets = TargetCounts(task=0, synthetic=0)
+
+    config: TrainConfig
+    ranks: Ranks
+    model: Decoder
+    shards: list[LocalShard]
+    optimizer: ShardedAdamW
+    mixture: Mixture
+    held_out: HeldOutSamples | None = None
+    reference: Reference | None = None
+    metrics: MetricsLog | None = None
+    checkpoints: Checkpoints | None = None
+    progress: Progress = field(default_factory=Progress)
+    result_dtype: torch.dtype = torch.float32
+
+
+def train(run: Run) -> bool:
+    """Minimise the objective from `run.progress.step` to `config.steps`; False if stopped before.
+
+    SIGTERM, SIGUSR1 and `config.stop_after` stop it after a step, with a checkpoint of it. Raises
+    `NonFiniteError`, with a checkpoint of the step before, on a loss or gradient that is no
+    finite number.
+    """
+    config, progress = run.config, run.progress
+    if progress.step == 0:
+        if run.held_out is not None:
+            progress.kl = estimate_kl(run.model, run.held_out, config.micro_batch_tokens, run.ranks)
+            _log(run, {"step": 0} | _named_kl(progress.kl))
+        save_checkpoint(run)
+    with (
+        listening() as request,
+        _finished(run.checkpoints),
+        Bar("train", config.steps, enabled=run.ranks.is_main, first=progress.step) as bar,
+    ):
+        while progress.step < config.steps:
+            started = time.monotonic()
+            metrics, is_asked_to_stop = take_step(run, progress.step, request)
+            progress.step += 1
+            progress.seconds += time.monotonic() - started
+            is_last = progress.step == config.steps
+            is_stopped = is_asked_to_stop or progress.step == config.stop_after
+            if run.held_out is not None and (is_last or progress.step % config.kl_every == 0):
+                progress.kl = estimate_kl(
+                    run.model, run.held_out, config.micro_batch_tokens, run.ranks
+                )
+                metrics |= _named_kl(progress.kl)
+            _log(run, metrics)
+            if is_last or is_stopped or progress.step % config.save_every == 0:
+                save_checkpoint(run)
+            bar.advance(1, f"loss {metrics['loss']:.3f}" + _kl_note(progress.kl))
+            if is_stopped and not is_last:
+                return False
+    return True
+
+
+def take_step(run: Run, step: int, request: StopRequest) -> tuple[dict[str, Any], bool]:
+    """One gradient step, counted from 0: its metrics, and whether any rank was asked to stop."""
+    config, ranks = run.config, run.ranks
     started = time.monotonic()
-    kl = None
-    if held_out is not None:
-        kl = estimate_kl(model, held_out, config.micro_batch_tokens, ranks)
-        _log(metrics_file, ranks, {"step": 0, "kl_nats": kl.nats, "kl_se": kl.se})
+    draws = run.mixture.batch(step)
+    counts = TargetCounts.of(draws)
+    weights = SourceWeights.of(counts, config.lam, config.normalize)
+    sums = torch.zeros(6, dtype=torch.float64, device=ranks.device)
+    for batch in micro_batches(draws, config.micro_batch_tokens, ranks.rank, ranks.world_size):
+        # FSDP averages gradients over ranks; the loss is a sum over them.
+        loss, nll_task, nll_synthetic = micro_batch_loss(
+            run.model, batch.to(ranks.device), weights, scale=ranks.world_size
+        )
+        loss.backward()
+        sums[:2] += torch.stack((nll_task, nll_synthetic))
 
-    with Bar("train", config.steps, enabled=ranks.is_main) as bar:
-        for step in range(config.steps):
-            step_started = time.monotonic()
-            draws = mixture.batch(step)
-            counts = TargetCounts.of(draws)
-            weights = SourceWeights.of(counts, config.lam, config.normalize)
-            sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-            for batch in micro_batches(
-                draws, config.micro_batch_tokens, ranks.rank, ranks.world_size
-            ):
-                loss, nll_task, nll_synthetic = micro_batch_loss(
-                    model, batch.to(ranks.device), weights
-                )
-                # FSDP averages gradients over ranks; the loss is a sum over them.
-                (loss * ranks.world_size).backward()
-                sums += torch.stack((nll_task, nll_synthetic))
+    # Ranks hold `copies` equal copies of the model's shards; what is summed over shards counts
+    # each of them.
+    copies = ranks.world_size // run.shards[0].num_shards
+    if run.reference is not None:
+        sums[2] = run.reference.add_l2(config.l2) / copies
+    sums[3] = squared_grad_norm(run.shards) / copies
+    sums[4], sums[5] = request.is_made, run.checkpoints is not None and run.checkpoints.failed
+    nll_task, nll_synthetic, distance, squared_norm, wishes, failures = ranks.sum(sums).tolist()
+    if failures and run.checkpoints is not None:
+        run.checkpoints.finish()  # raises on every rank what one of them met
 
-            grad_norm = clip_gradients(model, config.clip)
-            if not math.isfinite(grad_norm):
-                raise UserError(
-                    f"step {step + 1}: the gradient's norm is {grad_norm}; the step was not taken; "
-                    "lower --lr, or compute in --dtype float32"
-                )
-            lr = cosine_lr(step, config.steps, config.lr, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
+    grad_norm = math.sqrt(squared_norm)
+    loss = weights.task * nll_task + weights.synthetic * nll_synthetic + config.l2 * distance
+    if not math.isfinite(loss + grad_norm):
+        refuse_step(run, draws, loss, grad_norm)
+    lr = cosine_lr(step, config.steps, config.lr, config.warmup)
+    too_long = config.clip > 0 and grad_norm > config.clip
+    run.optimizer.step(lr, step, scale=config.clip / grad_norm if too_long else 1.0)
 
-            nll_task, nll_synthetic = ranks.sum(sums).tolist()
-            targets = TargetCounts(targets.task + counts.task, targets.synthetic + counts.synthetic)
-            metrics = {
-                "step": step + 1,
-                "loss": weights.task * nll_task + weights.synthetic * nll_synthetic,
-                "nll_task": nll_task / counts.task if counts.task else None,
-                "nll_synthetic": nll_synthetic / counts.synthetic if counts.synthetic else None,
-                "targets_task": counts.task,
-                "targets_synthetic": counts.synthetic,
-                "grad_norm": grad_norm,
-                "lr": lr,
-                "tokens_per_s": sum(len(d.example.input_ids) for d in draws)
-                / (time.monotonic() - step_started),
-            }
-            is_last = step + 1 == config.steps
-            if held_out is not None and (is_last or (step + 1) % config.kl_every == 0):
-                kl = estimate_kl(model, held_out, config.micro_batch_tokens, ranks)
-                metrics |= {"kl_nats": kl.nats, "kl_se": kl.se}
-            _log(metrics_file, ranks, metrics)
-            bar.advance(1, f"loss {metrics['loss']:.3f}" + _kl_note(kl))
-    return TrainResult(
-        config.steps, targets.task, targets.synthetic, time.monotonic() - started, kl
+    run.progress.targets_task += counts.task
+    run.progress.targets_synthetic += counts.synthetic
+    metrics = {
+        "step": step + 1,
+        "loss": loss,
+        "nll_task": nll_task / counts.task if counts.task else None,
+        "nll_synthetic": nll_synthetic / counts.synthetic if counts.synthetic else None,
+        "l2_penalty": config.l2 * distance if run.reference is not None else None,
+        "targets_task": counts.task,
+        "targets_synthetic": counts.synthetic,
+        "grad_norm": grad_norm,
+        "lr": lr,
+    }
+    seconds = time.monotonic() - started
+    metrics |= clocked_metrics(run.model, draws, seconds, ranks)
+    return metrics, wishes > 0
+
+
+def squared_grad_norm(shards: list[LocalShard]) -> torch.Tensor:
+    """Sum of the squares of this rank's gradients, a float64 scalar on their device."""
+    norms = [
+        torch.linalg.vector_norm(shard.grad, dtype=torch.float32)
+        for shard in shards
+        if shard.grad is not None
+    ]
+    return torch.stack(norms).double().square().sum()
+
+
+def refuse_step(run: Run, draws: list[Draw], loss: float, grad_norm: float) -> None:
+    """Save the state before the step, and raise `NonFiniteError` with the examples' names."""
+    for shard in run.shards:
+        shard.parameter.grad = None
+    save_checkpoint(run, wait=True)
+    ids, logprobs = sequence_logprobs(
+        run.model, [d.example for d in draws], run.config.micro_batch_tokens, run.ranks
+    )
+    own = [i for i, value in zip(ids, logprobs, strict=True) if not math.isfinite(value)]
+    culprits = sorted(i for part in run.ranks.gather(own) for i in part)
+    blamed = ", ".join(draws[i].id for i in culprits) or "none of them alone"
+    message = (
+        f"step {run.progress.step + 1}: loss {loss}, gradient norm {grad_norm}; the step was not "
+        f"taken. Its examples: {', '.join(draw.id for draw in draws)}. Not finite by itself: "
+        f"{blamed}. Lower --lr, compute in --dtype float32, or remove an example"
+    )
+    if run.ranks.is_main:
+        raise NonFiniteError(message)
+    raise MainRankError(message, NonFiniteError.exit_code)
+
+
+def save_checkpoint(run: Run, wait: bool = False) -> None:
+    """Write the state after `run.progress.step` steps in the background. Collective."""
+    if run.checkpoints is None:
+        return
+    tensors = {f"model.{shard.name}": shard.like(shard.local) for shard in run.shards}
+    facts = {
+        "progress": asdict(run.progress),
+        "optimizer": run.optimizer.state_facts(),
+        "batches": run.mixture.fingerprint,
+    }
+    run.checkpoints.save(
+        run.progress.step, tensors | run.optimizer.state_tensors(), facts, wait=wait
     )
 
 
-def clip_gradients(model: Decoder, largest: float) -> float:
-    """Scale all gradients so that their joint norm is at most `largest`; the norm before.
+@contextmanager
+def _finished(checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Wait at the end of the block for the checkpoint that is being written, failure or not."""
+    try:
+        yield
+    finally:
+        if checkpoints is not None:
+            checkpoints.finish()
 
-    Collective under FSDP; 0 scales nothing. The result is on the host.
-    """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm: Tensor = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if largest > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return float(norm)
+
+def _named_kl(kl: KLEstimate) -> dict[str, float]:
+    return {"kl_nats": kl.nats, "kl_se": kl.se}
 
 
 def _kl_note(kl: KLEstimate | None) -> str:
     return "" if kl is None else f"  KL(base || model) {kl.nats:.2f} ± {kl.se:.2f} nats"
 
 
-def _log(file: Path, ranks: Ranks, metrics: dict[str, float | int | None]) -> None:
-    if ranks.is_main:
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(metrics) + "\n")
+def _log(run: Run, metrics: dict[str, Any]) -> None:
+    if run.metrics is not None:
+        run.metrics.write(metrics)

@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from cfs.data.mixture import Draw
 from cfs.data.packing import MicroBatch
 from cfs.model import Decoder
+from cfs.model.packed_attention import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,21 @@ class SourceWeights:
         return cls(1.0 / max(1, counts.task), lam / max(1, counts.synthetic))
 
 
-def token_logprobs(model: Decoder, batch: MicroBatch) -> Tensor:
+def token_logprobs(model: Decoder, batch: MicroBatch, grad_hint: Tensor | None = None) -> Tensor:
     """log p_theta(x_t | x_<t) of every target of the batch: (N,) float32, in nats.
 
     The one thing the objective needs from a model. N counts the True entries of
-    `batch.target_mask`, in row-major order; prompt and padding never reach the head.
+    `batch.target_mask`, in row-major order; documents see themselves alone, and prompts never
+    reach the head.
+
+    grad_hint  (N,) float32, d loss / d log p where it is known before the forward pass; it saves
+               a product with the head, and changes no result even if it turns out wrong
     """
-    return model(batch.input_ids, target_mask=batch.target_mask)
+    device = batch.input_ids.device
+    packed = PackedBatch(batch.lengths, device) if batch.lengths else None
+    return model(
+        batch.input_ids, target_mask=batch.target_mask, context=packed, grad_hint=grad_hint
+    )
 
 
 def summed_nll(logprobs: Tensor, synthetic: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,17 +79,24 @@ def summed_nll(logprobs: Tensor, synthetic: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns two float32 scalars; each is zero, not NaN, where it has no targets.
     """
-    return -logprobs[~synthetic].sum(), -logprobs[synthetic].sum()
+    return (
+        -torch.where(synthetic, 0.0, logprobs).sum(),
+        -torch.where(synthetic, logprobs, 0.0).sum(),
+    )
 
 
 def micro_batch_loss(
-    model: Decoder, batch: MicroBatch, weights: SourceWeights
+    model: Decoder, batch: MicroBatch, weights: SourceWeights, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This micro-batch's share of the batch loss, and the two sums it is made of.
+    """This micro-batch's share of the batch loss times `scale`, and the two sums it is made of.
 
     Summed over the micro-batches of every rank the first is the batch loss: its denominators
-    count the whole batch, so nothing is averaged twice.
+    count the whole batch, so nothing is averaged twice. FSDP averages gradients over ranks, and
+    `scale` is their number then. To be given to `backward` as it is: the loss is linear in the
+    log-probabilities, so the head computes its gradients in the forward pass, and would have to
+    do so again for another factor.
     """
-    nll_task, nll_synthetic = summed_nll(token_logprobs(model, batch), batch.synthetic)
-    loss = weights.task * nll_task + weights.synthetic * nll_synthetic
-    return loss, nll_task.detach(), nll_synthetic.detach()
+    slopes = torch.where(batch.synthetic, -scale * weights.synthetic, -scale * weights.task)
+    logprobs = token_logprobs(model, batch, grad_hint=slopes)
+    nll_task, nll_synthetic = summed_nll(logprobs.detach(), batch.synthetic)
+    return (slopes * logprobs).sum(), nll_task, nll_synthetic

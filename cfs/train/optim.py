@@ -1,15 +1,32 @@
-"""AdamW and its learning-rate schedule."""
+"""AdamW on the rows that each rank holds, its learning rate, and weights to begin with."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cfs.model import Decoder
+from cfs.train.eightbit import (
+    MIN_8BIT_ELEMENTS,
+    EightBitMoments,
+    bitsandbytes_functional,
+    pieces,
+)
+from cfs.train.moments import FloatMoments
+from cfs.train.parallel import LocalShard, local_part
+from cfs.train.rounding import noise_key, rounding_noise, stochastic_round
 
 EMBEDDING_STD = 0.02
+
+CHUNK_ON_CPU, CHUNK_ON_DEVICE = 2**18, 2**23
+"""Elements updated at a time, whole blocks of 8-bit moments: temporaries that fit a CPU's cache,
+or kernels that take longer than their launches."""
+
+OptimizerKind = Literal["adamw", "adamw8bit"]
 
 
 def cosine_lr(step: int, num_steps: int, peak: float, warmup: float) -> float:
@@ -24,17 +41,113 @@ def cosine_lr(step: int, num_steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def make_adamw(
-    model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999
-) -> torch.optim.AdamW:
-    """AdamW over the parameters, or their shards; gains of norms do not decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    param_groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    param_groups = [group for group in param_groups if group["params"]]
-    return torch.optim.AdamW(param_groups, lr=lr, betas=(0.9, beta2), fused=True)
+def check_optimizer(kind: OptimizerKind) -> None:
+    """Raises `UserError` where the package that the optimizer needs cannot be imported."""
+    if kind == "adamw8bit":
+        bitsandbytes_functional()
+
+
+class ShardedAdamW:
+    """AdamW over the rows that this rank holds; gains of norms do not decay.
+
+    It computes in float32. Masters in bfloat16 take their updates by stochastic rounding.
+    """
+
+    def __init__(
+        self,
+        shards: list[LocalShard],
+        kind: OptimizerKind,
+        weight_decay: float,
+        beta2: float,
+        seed: int,
+    ) -> None:
+        """The moments are float32; with "adamw8bit" they are 8 bits wide for every parameter of
+        at least `MIN_8BIT_ELEMENTS`, however few of them this rank holds.
+
+        weight_decay  decoupled
+        seed          of the rounding
+
+        Raises `UserError` where bitsandbytes is needed and cannot be imported.
+        """
+        dtypes = {shard.parameter.dtype for shard in shards}
+        assert dtypes <= {torch.float32, torch.bfloat16}, f"masters are {dtypes}"
+        self._shards = shards
+        self._weight_decay, self._beta2, self._seed = weight_decay, beta2, seed
+        self._moments = [
+            EightBitMoments(shard)
+            if kind == "adamw8bit" and shard.whole_shape.numel() >= MIN_8BIT_ELEMENTS
+            else FloatMoments(shard)
+            for shard in shards
+        ]
+
+    @torch.no_grad()
+    def step(self, lr: float, step: int, scale: float = 1.0) -> None:
+        """Update each parameter that has a gradient, and free the gradient at once.
+
+        step   counted from 0; decides the rounding, together with the seed
+        scale  multiplies every gradient
+        """
+        for number, shard in enumerate(self._shards):
+            if shard.parameter.grad is not None:
+                self._update(number, lr, step, scale)
+                shard.parameter.grad = None
+
+    def _update(self, number: int, lr: float, step: int, scale: float) -> None:
+        shard, moments = self._shards[number], self._moments[number]
+        assert shard.grad is not None
+        # Neither is kept for the next step: FSDP may yet move a parameter's storage.
+        weights, grad = local_part(shard.parameter).view(-1), shard.grad.reshape(-1)
+        decay = self._weight_decay if len(shard.whole_shape) >= 2 else 0.0
+        is_rounded = weights.dtype == torch.bfloat16
+        key = noise_key(self._seed, step, number) if is_rounded else 0
+        chunk = CHUNK_ON_CPU if weights.device.type == "cpu" else CHUNK_ON_DEVICE
+        moments.num_updates += 1
+        for place in pieces(moments.span, chunk):
+            piece = slice(place.start - moments.span.start, place.stop - moments.span.start)
+            masters, gradient = weights[piece].float(), grad[piece].float()
+            if scale != 1.0:
+                gradient.mul_(scale)
+            moments.update(masters, gradient, place, lr, decay, self._beta2)
+            if is_rounded:
+                noise = rounding_noise(key, place, masters.device)
+                weights[piece] = stochastic_round(masters, noise)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: the moments themselves, not copies.
+
+        DTensors under FSDP, which can be cut anew; the scales of 8-bit blocks are plain and go by
+        shard, so that ranks with the same rows of a hybrid sharding give the same.
+        """
+        parts = [moments.tensors() for moments in self._moments]
+        return {name: tensor for part in parts for name, tensor in part.items()}
+
+    def state_facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the tensors; JSON-able, and alike on all ranks."""
+        updates = zip(self._shards, self._moments, strict=True)
+        return {
+            "num_shards": self._shards[0].num_shards,
+            "num_updates": {shard.name: moments.num_updates for shard, moments in updates},
+        }
+
+    def load_state(
+        self, facts: dict[str, Any], read: Callable[[dict[str, Tensor]], object]
+    ) -> None:
+        """Go on from a checkpoint, whatever number of shards it was saved on.
+
+        facts  of `state_facts`
+        read   fills tensors in place by their names in the checkpoint. Called once; the plain
+               ones among them differ between ranks
+
+        Float32 moments come back bit for bit, and so do 8-bit blocks that both numbers of shards
+        have in common; all others are quantised anew.
+        """
+        num_shards = facts["num_shards"]
+        parts = [moments.wanted(num_shards) for moments in self._moments]
+        saved = {name: tensor for part in parts for name, tensor in part.items()}
+        read(saved)
+        for shard, moments in zip(self._shards, self._moments, strict=True):
+            moments.num_updates = facts["num_updates"][shard.name]
+            moments.accept(saved, num_shards)
 
 
 def init_weights(model: Decoder, seed: int) -> None:

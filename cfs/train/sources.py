@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cfs.data import tinyworld
-from cfs.data.formats import FORMATS, Example, Record, make_example, read_records
+from cfs.data.formats import FORMATS, Example, Record, make_example, make_examples, read_records
+from cfs.data.mixture import Source
 from cfs.data.tokenizer import Tokenizer
 from cfs.errors import UserError
 from cfs.model import Decoder
@@ -27,15 +30,77 @@ HELD_OUT_SEED = 2**32
 TINYWORLD_TASK_EXAMPLES = 6000
 
 
-def task_records(config: TrainConfig) -> list[Record]:
-    """The fine-tuning data; TinyWorld's come from its generator, by the run's seed."""
+@dataclass(frozen=True)
+class TaskData:
+    """The fine-tuning data as the mixture takes it, and what became of its records."""
+
+    sources: list[Source]
+    num_records: int
+    num_cut: int
+    """Examples that `--max-length` cut."""
+
+    @property
+    def num_examples(self) -> int:
+        return sum(len(source.examples) for source in self.sources)
+
+
+def task_data(config: TrainConfig, tokenizer: Tokenizer) -> TaskData:
+    """Read and tokenise the task; interleaved files share an epoch by their weights.
+
+    An epoch draws as many examples as all files hold together, of each file its share.
+    """
+    all_tokens = config.method_spec.all_tokens
+    parts = [
+        (name, weight, records, make_examples(records, tokenizer, config.max_length, all_tokens))
+        for name, weight, records in task_records(config)
+    ]
+    num_examples = sum(len(examples) for *_, examples in parts)
+    total = sum(weight or 0.0 for _, weight, *_ in parts)
+    sources = [
+        Source(
+            f"{name} record",
+            examples,
+            per_epoch=None if weight is None else max(1, round(weight / total * num_examples)),
+        )
+        for name, weight, _, examples in parts
+    ]
+    cut = sum(int(e.input_ids[-1]) != tokenizer.eos_id for s in sources for e in s.examples)
+    return TaskData(sources, sum(len(records) for _, _, records, _ in parts), cut)
+
+
+def task_records(config: TrainConfig) -> list[tuple[str, float | None, list[Record]]]:
+    """Name, weight if it is interleaved, and records of each task file.
+
+    TinyWorld's come from its generator, by the run's seed.
+    """
+    if config.interleave is not None:
+        return [
+            (Path(file).name, weight, read_records(file, format_name, flag="--interleave"))
+            for file, format_name, weight in map(parse_interleaved, config.interleave)
+        ]
     if config.data is not None:
-        return read_records(config.data, config.format)
+        return [(Path(config.data).name, None, read_records(config.data, config.format))]
     if config.method_spec.from_scratch:
         count = config.steps * config.batch_size  # every document is met once
-        return [("", text) for text in tinyworld.pretraining_documents(count, config.seed)]
+        documents = tinyworld.pretraining_documents(count, config.seed)
+        return [("TinyWorld", None, [("", text) for text in documents])]
     items = tinyworld.task_items(TINYWORLD_TASK_EXAMPLES, config.seed)
-    return [FORMATS["tinyworld"](asdict(item)) for item in items]
+    return [("TinyWorld", None, [FORMATS["tinyworld"](asdict(item)) for item in items])]
+
+
+def parse_interleaved(text: str) -> tuple[str, str, float]:
+    """File, format and weight of one FILE:FORMAT=WEIGHT."""
+    named = re.fullmatch(r"(.+):([\w-]+)=([0-9.eE+-]+)", text)
+    try:
+        weight = float(named[3]) if named else 0.0
+    except ValueError:
+        weight = 0.0
+    if named is None or not 0 < weight < math.inf:
+        raise UserError(
+            f"--interleave {text}: expected FILE:FORMAT=WEIGHT with a weight above 0, "
+            "such as train.jsonl:gsm8k=0.3"
+        )
+    return named[1], named[2], weight
 
 
 def synthetic_examples(
@@ -71,7 +136,7 @@ def synthetic_examples(
                 f"--synthetic-ratio {config.synthetic_ratio} asks for {count}"
             )
     return [
-        make_example(s.input_ids[: config.max_length], s.num_prompt_tokens)
+        make_example(s.input_ids[: config.max_length], s.num_prompt_tokens, s.index)
         for s in corpus.samples[:count]
     ]
 

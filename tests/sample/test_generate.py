@@ -268,7 +268,7 @@ def write_table(table, where):
         time.sleep(float(os.environ["PAUSE"]))
         raise OSError(errno.ENOSPC, "Error writing bytes to file")
 pq.write_table = write_table
-run(generate.main, resumes=True)
+run(generate.main, resumes="run again")
 """
 
 

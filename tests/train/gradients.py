@@ -1,11 +1,14 @@
-"""Gradients of one batch, on one rank or, as a script under torchrun, on several.
+"""Gradients of one batch in every way that training computes them, and the plain way.
 
-torchrun --nproc-per-node 2 -m tests.train.gradients FILE MAX_TOKENS
+torchrun --nproc-per-node 2 -m tests.train.gradients FILE
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,18 +17,25 @@ from cfs import ranks as process_ranks
 from cfs.cli import run
 from cfs.data.formats import make_example
 from cfs.data.mixture import Draw
-from cfs.data.packing import micro_batches
+from cfs.data.packing import MicroBatch, micro_batches, padded_batch
 from cfs.model import Decoder
 from cfs.ranks import Ranks
 from cfs.train.loss import SourceWeights, TargetCounts, micro_batch_loss
-from cfs.train.parallel import full_parameters, shard
+from cfs.train.parallel import Checkpointing, checkpoint_activations, full_parameters, shard
 from tests.conftest import ALONE, tiny_model
+
+LAM = 0.7
+CUTS = (1, 30, 10_000)
+"""Tokens of a micro-batch: every document alone, uneven cuts, all in one."""
+KINDS: tuple[Checkpointing, ...] = ("none", "selective", "block")
+
+Normalize = Literal["pooled", "source"]
 
 
 def batch_of_eight() -> list[Draw]:
-    """Unequal lengths and masks, both sources, one row without any target."""
+    """Unequal lengths and masks, two of one length, both sources, one without any target."""
     generator = torch.Generator().manual_seed(7)
-    shapes = [(5, 1), (9, 4), (12, 12), (3, 2), (20, 1), (7, 6), (16, 1), (11, 8)]
+    shapes = [(5, 1), (9, 4), (12, 12), (3, 2), (20, 1), (7, 6), (16, 1), (9, 8)]
     return [
         Draw(
             make_example(
@@ -38,20 +48,40 @@ def batch_of_eight() -> list[Draw]:
     ]
 
 
+def plain_gradients(
+    model: Decoder, draws: list[Draw], normalize: Normalize = "pooled"
+) -> dict[str, Tensor]:
+    """The oracle: the objective (below eq. 2) of the whole padded batch, over its full logits."""
+    batch = padded_batch(draws, list(range(len(draws))))
+    logprobs = model(batch.input_ids)[:, :-1].log_softmax(-1)
+    nll = -logprobs.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
+    is_target = batch.target_mask[:, 1:]
+    synthetic = is_target & torch.tensor([draw.synthetic for draw in draws])[:, None]
+    task = is_target & ~synthetic
+    if normalize == "pooled":
+        loss = (nll[task].sum() + LAM * nll[synthetic].sum()) / is_target.sum()
+    else:
+        loss = nll[task].mean() + LAM * nll[synthetic].mean()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 def gradients(
     model: Decoder,
     draws: list[Draw],
-    max_tokens: int,
-    lam: float,
-    normalize: str,
+    batches: list[MicroBatch],
+    normalize: Normalize = "pooled",
     ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
-    """Accumulated as the loop accumulates them, whole, by name; they overwrite the parameters."""
-    weights = SourceWeights.of(TargetCounts.of(draws), lam, normalize)  # type: ignore[arg-type]
+    """Accumulated as the loop accumulates them, whole, by name; they overwrite the parameters.
+
+    batches  this rank's part of `draws`
+    """
+    weights = SourceWeights.of(TargetCounts.of(draws), LAM, normalize)
     model.zero_grad()
-    for batch in micro_batches(draws, max_tokens, ranks.rank, ranks.world_size):
-        loss, _, _ = micro_batch_loss(model, batch, weights)
-        (loss * ranks.world_size).backward()
+    for batch in batches:
+        loss, _, _ = micro_batch_loss(model, batch, weights, scale=ranks.world_size)
+        loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():
             assert parameter.grad is not None
@@ -59,13 +89,31 @@ def gradients(
     return {name: value.clone() for name, value in full_parameters(model)}
 
 
+def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest of any parameter: norm of the difference by norm."""
+    assert ours.keys() == theirs.keys()
+    return max(
+        float((ours[k].double() - theirs[k].double()).norm() / theirs[k].double().norm())
+        for k in ours
+    )
+
+
+def sharded_cases(ranks: Ranks) -> Iterator[tuple[tuple[bool, Checkpointing, int], dict]]:
+    """Gradients over `ranks` by (tied, activation checkpointing, tokens of a micro-batch)."""
+    draws = batch_of_eight()
+    for tied, kind, cut in product((False, True), KINDS, CUTS):
+        model = tiny_model("llama", tie_word_embeddings=tied)
+        checkpoint_activations(model, kind)
+        shard(model, ranks, torch.float32)
+        batches = micro_batches(draws, cut, ranks.rank, ranks.world_size)
+        yield (tied, kind, cut), gradients(model, draws, batches, ranks=ranks)
+
+
 def main() -> None:
     group = process_ranks.start("cpu")
-    sharded = tiny_model("llama")
-    shard(sharded, group, torch.float32)
-    result = gradients(sharded, batch_of_eight(), int(sys.argv[2]), 0.7, "pooled", group)
+    cases = dict(sharded_cases(group))
     if group.is_main:
-        torch.save(result, sys.argv[1])
+        torch.save(cases, sys.argv[1])
     process_ranks.finish()
 
 

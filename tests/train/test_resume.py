@@ -1,0 +1,177 @@
+"""A run that was interrupted ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cfs.data import tinyworld
+from cfs.errors import NonFiniteError, UserError
+from cfs.model import save_model
+from cfs.train import loop
+from cfs.train.checkpoint import latest, read_facts
+from cfs.train.loop import train
+from cfs.train.metrics import CLOCKED
+from tests.conftest import read_metrics, run_python, tiny_model
+from tests.train.runs import STEPS, make_run, random_examples, same, weights
+
+
+class Killed(BaseException):
+    """What stands for the end of the process."""
+
+
+def killed_before(step: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the process die when it is about to take `step`, counted from 0."""
+    take_step = loop.take_step
+
+    def take(run: Any, number: int, request: Any) -> Any:
+        if number == step:
+            raise Killed
+        return take_step(run, number, request)
+
+    monkeypatch.setattr(loop, "take_step", take)
+
+
+def unclocked(run: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k not in CLOCKED} for line in read_metrics(run)]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "adamw8bit"},
+        {"optimizer": "adamw", "masters": "bfloat16", "dtype": "bfloat16"},
+    ],
+    ids=["adamw", "adamw8bit", "bfloat16-masters"],
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a state that a checkpoint forgets, stopped before, between and after all steps: in
+    the middle of epochs, where one ends, and where the run does."""
+    whole = make_run(tmp_path, "whole", **flags)
+    assert train(whole)
+    expected = weights(whole)
+    for stop in range(STEPS + 1):
+        name = f"stop-{stop}"
+        with monkeypatch.context() as patched:
+            if stop == 0:
+                killed_before(0, patched)
+                with pytest.raises(Killed):
+                    train(make_run(tmp_path, name, **flags))
+            else:
+                assert train(make_run(tmp_path, name, stop_after=stop, **flags)) is (stop == STEPS)
+        resumed = make_run(tmp_path, name, **flags)
+        assert resumed.progress.step == stop
+        assert train(resumed)
+        assert same(weights(resumed), expected), stop
+        assert unclocked(tmp_path / name) == unclocked(tmp_path / "whole"), stop
+
+
+def test_a_killed_run_loses_what_came_after_its_checkpoint_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches metrics of lost steps that stand twice."""
+    whole = make_run(tmp_path, "whole")
+    train(whole)
+    with monkeypatch.context() as patched:
+        killed_before(10, patched)
+        with pytest.raises(Killed):
+            train(make_run(tmp_path, "killed"))
+    assert read_metrics(tmp_path / "killed")[-1]["step"] == 10
+    resumed = make_run(tmp_path, "killed")
+    assert resumed.progress.step == 8
+    train(resumed)
+    assert same(weights(resumed), weights(whole))
+    assert unclocked(tmp_path / "killed") == unclocked(tmp_path / "whole")
+
+
+def test_other_examples_are_not_gone_on_with(tmp_path: Path) -> None:
+    """Catches a data file that changed while the run lay still."""
+    train(make_run(tmp_path, "run", stop_after=2))
+    with pytest.raises(UserError, match="began with other examples"):
+        make_run(tmp_path, "run", seed=1)
+
+
+def test_a_step_that_is_not_finite_is_not_taken(tmp_path: Path) -> None:
+    """Catches NaN in the weights, a checkpoint of them, and a batch that cannot be found."""
+    base = poisoned_base(tmp_path)
+    examples = random_examples(16, 1, 4)
+    culprit = examples[11]
+    culprit.input_ids[5] = POISON
+    run = make_run(tmp_path, "run", base=base, task=examples, l2=0.0)
+    batches = [run.mixture.batch(step) for step in range(STEPS)]
+    met = next(k for k, draws in enumerate(batches) if any(d.example is culprit for d in draws))
+    with pytest.raises(NonFiniteError) as caught:
+        train(run)
+    assert caught.value.exit_code == 3
+    said = str(caught.value)
+    assert said.startswith(f"step {met + 1}: loss nan, gradient norm nan; the step was not taken")
+    assert all(draw.id in said for draw in batches[met])
+    assert "Not finite by itself: task.jsonl record 12." in said
+    path = latest(tmp_path / "run" / "checkpoints")
+    assert path is not None
+    assert read_facts(path)["progress"]["step"] == met
+    again = weights(make_run(tmp_path, "run", base=base, task=examples, l2=0.0))
+    assert all(bool(v.isfinite().all()) for name, v in again.items() if name != TABLE)
+    assert int(again[TABLE].isfinite().all(1).sum()) == 96
+
+
+POISON, TABLE = 96, "embed_tokens.weight"
+
+
+def poisoned_base(place: Path) -> Path:
+    """A model that cannot read one of its tokens, and never writes it."""
+    model = tiny_model("olmo")
+    with torch.no_grad():
+        model.embed_tokens.weight[POISON] = float("nan")
+    save_model(model, place / "poisoned")
+    return place / "poisoned"
+
+
+TRAIN = [
+    *("train.py", "--method", "ft", "--format", "tinyworld", "--steps", "12"),
+    *("--batch-size", "16", "--save-every", "4", "--kl-samples", "16", "--device", "cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("task") / "task.jsonl"
+    items = tinyworld.task_items(100, 0)
+    file.write_text("".join(json.dumps(asdict(item)) + "\n" for item in items))
+    return file
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_two_ranks_resume_as_one_and_one_as_two(
+    optimizer: str, task_file: Path, tmp_path: Path
+) -> None:
+    """Catches states cut at the wrong place, and an order of the data that counts ranks."""
+    flags = [*TRAIN, "--data", str(task_file), "--corpora", str(tmp_path / "corpora")]
+    flags += ["--optimizer", optimizer, "--l2", "1e-3"]
+
+    def run(name: str, ranks: int, *more: str) -> Path:
+        done = run_python(*flags, "--out", str(tmp_path / name), *more, ranks=ranks)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return tmp_path / name
+
+    whole = unclocked(run("whole", 1))
+    for before, after in ((2, 1), (1, 2)):
+        name = f"{before}-as-{after}"
+        stopped = run(name, before, "--stop-after", "6")
+        assert not (stopped / "model").exists()
+        lines = unclocked(run(name, after, "--resume"))
+        assert [line["step"] for line in lines] == [line["step"] for line in whole]
+        for line, expected in zip(lines, whole, strict=True):
+            assert line.get("targets_task") == expected.get("targets_task")
+            if "loss" in expected:
+                assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5), line["step"]
+            if "kl_nats" in expected:  # of whole sequences, some sixty tokens each
+                assert line["kl_nats"] == pytest.approx(expected["kl_nats"], abs=1e-4)
