@@ -32,6 +32,7 @@ from cfs.train.endpoints import save_result
 from cfs.train.loop import Progress, train
 from cfs.train.metrics import check_loggers
 from cfs.train.optim import check_optimizer
+from cfs.train.plan import plan_run, print_plan
 from cfs.train.prepare import prepared_run
 from cfs.train.rundir import (
     CHECKPOINTS,
@@ -156,6 +157,9 @@ def summarise(
 
 def main() -> None:
     config = parse(TrainConfig, DESCRIPTION)
+    if config.plan:
+        print_plan(plan_run(config))
+        return
     check_loggers(config)
     ranks = process_ranks.start(config.device)
     try:

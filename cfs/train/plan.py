@@ -63,7 +63,7 @@ class MemoryPlan:
     parts     by name, in the order of the table; they add up to the peak
     moment    when that is
     host      besides, in the memory of its host; 0 on a CPU, where it is among the parts
-    remedies  what else would fit, and its peak; empty where the plan fits
+    remedies  where the plan does not fit: what would take less, and the peak with it
     """
 
     parts: dict[str, int]
@@ -105,12 +105,13 @@ def plan_run(config: TrainConfig) -> MemoryPlan:
     plan = planned(resolved)
     if plan.fits:
         return plan
-    remedies = {
+    peaks = {
         said: planned(replace(resolved, **changes)).peak
         for said, changes in _alternatives(resolved).items()
     }
     if resolved.shard_ranks is None and device_type == "cuda":
-        remedies[f"{2 * num_ranks} ranks"] = planned(resolved, 2 * num_ranks).peak
+        peaks[f"{2 * num_ranks} ranks"] = planned(resolved, 2 * num_ranks).peak
+    remedies = {said: peak for said, peak in peaks.items() if peak < plan.peak}
     return replace(plan, remedies=remedies)
 
 

@@ -115,9 +115,7 @@ def _pass(model: Decoder, work: Work, ledger: Ledger, sharding: _Sharding | None
         sharding.end()
 
 
-def _token_logprobs(
-    model: Decoder, work: Work, input_ids: Tensor, grad_hint: Tensor
-) -> Tensor:
+def _token_logprobs(model: Decoder, work: Work, input_ids: Tensor, grad_hint: Tensor) -> Tensor:
     """The model's forward pass but for its search for the targets, which `meta` cannot do."""
     context = PackedBatch(work.lengths, input_ids.device, work.route)
     hidden, weight = model.hidden_states(input_ids, context), model.head_weight
@@ -281,8 +279,9 @@ class _Sharding:
         num_shards, dtype = self.work.num_shards, self.work.compute
         uneven = [p for p in group.parameters if len(p) % num_shards]
         _padded = self._new(GATHERED_GRADIENTS, self._num_padded(uneven), dtype)
-        if dtype != torch.float32:
-            self._new(GATHERED_GRADIENTS, group.num_padded, dtype)
+        if dtype != torch.float32:  # one after the other
+            largest = max(self._num_padded([p]) for p in group.parameters)
+            self._new(GATHERED_GRADIENTS, largest, dtype)
 
     def _group(self, parameters: list[nn.Parameter]) -> _Group:
         return _Group(parameters, self._num_padded(parameters))

@@ -82,14 +82,21 @@ def claimed_run_directory(config: TrainConfig, facts: list[str]) -> Iterator[Pat
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"--out {out}: another process trains there now") from error
-        if (out / CONFIG).is_file():
+        is_new = not (out / CONFIG).is_file()
+        if not is_new:
             check_same_run(config, out)
         with blaming(out, "choose another --out"):
-            # Not how far it was to go this time, so that the file repeats the whole run.
-            save_yaml(
-                dataclasses.replace(config, resume=False, stop_after=None), out / CONFIG, facts
-            )
-        yield out
+            # Not how far it goes this time: the file repeats the whole run.
+            whole = dataclasses.replace(config, resume=False, stop_after=None)
+            save_yaml(whole, out / CONFIG, facts)
+        try:
+            yield out
+        except UserError:
+            if is_new and not (out / CHECKPOINTS).is_dir():
+                # Nothing has begun: mended, the same command may use the directory.
+                (out / CONFIG).unlink()
+                (out / LOCK).unlink()
+            raise
 
 
 def _named(config: TrainConfig) -> Path:

@@ -162,8 +162,8 @@ def test_two_ranks_resume_as_one_and_one_as_two(
         assert done.returncode == 0, done.stdout + done.stderr
         return tmp_path / name
 
-    whole = unclocked(run("whole", 1))
     for before, after in ((2, 1), (1, 2)):
+        whole = unclocked(run(f"whole-{before}", before))
         name = f"{before}-as-{after}"
         stopped = run(name, before, "--stop-after", "6")
         assert not (stopped / "model").exists()

@@ -13,6 +13,7 @@ import yaml
 from cfs.errors import UserError
 from cfs.model import load_model
 from cfs.train.config import TrainConfig
+from cfs.train.metrics import CLOCKED
 from cfs.train.sources import task_records
 from tests.conftest import SHARED_DATA, read_metrics, run_python
 
@@ -32,7 +33,8 @@ def train(tmp_path: Path, name: str, *flags: str, ranks: int = 1) -> Path:
 def test_main_job_leaves_what_it_promises(tmp_path: Path) -> None:
     """Catches a missing file, a metric of the wrong name, a summary that others cannot read."""
     out = train(tmp_path, "run", "--synthetic-ratio", "0.02", *SHORT)
-    assert {f.name for f in out.iterdir()} == {
+    assert {f.name for f in out.iterdir()} - {".lock"} == {
+        "checkpoints",
         "config.yaml",
         "metrics.jsonl",
         "model",
@@ -84,8 +86,8 @@ def test_the_corpus_is_drawn_once_and_a_config_repeats_a_run(tmp_path: Path) -> 
         stamps
     )
     for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
-        assert {k: v for k, v in a.items() if k != "tokens_per_s"} == {
-            k: v for k, v in b.items() if k != "tokens_per_s"
+        assert {k: v for k, v in a.items() if k not in CLOCKED} == {
+            k: v for k, v in b.items() if k not in CLOCKED
         }
 
 
@@ -168,6 +170,12 @@ def test_real_model_on_real_data_reloads_in_transformers(tmp_path: Path) -> None
         (["--format", "text"], "go together"),
         (["--method", "ft", "--synthetic", "x"], "mixes no samples in"),
         (["--corpora", "README.md"], "README.md"),
+        (["--interleave", "a.jsonl"], "FILE:FORMAT=WEIGHT"),
+        (["--interleave", "a.jsonl:text=0"], "a weight above 0"),
+        (["--interleave", "a.jsonl:text=1"], "--interleave a.jsonl: no such file"),
+        (["--method", "pretrain", "--l2", "1"], "no theta* to stay near"),
+        (["--keep", "0"], "--keep 0"),
+        (["--wandb", "x"], "pip install wandb"),
         (["--synthetic", "x", "--top-p", "1"], "the corpus is drawn"),
     ],
 )
@@ -179,6 +187,12 @@ def test_bad_input_is_one_line_and_exit_code_2(flags: list[str], said: str, tmp_
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list((tmp_path / "run").glob("*")), "the same --out can be used again"
+
+
+def test_resume_needs_a_directory() -> None:
+    """Catches a run that resumes whichever directory comes next."""
+    with pytest.raises(UserError, match="needs --out"):
+        TrainConfig(resume=True)
 
 
 def test_pretraining_needs_steps() -> None:
@@ -193,9 +207,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     """Catches a run that goes on with NaN and ends as if all were well."""
     flags = ["--method", "ft", "--lr", "1e30", "--clip", "0", "--device", "cpu", *SHORT]
     done = run_python("train.py", "--out", str(tmp_path / "run"), *flags)
-    assert done.returncode == 2
-    assert "the gradient's norm is" in done.stderr
+    assert done.returncode == 3
+    assert "the step was not taken. Its examples: TinyWorld record" in done.stderr
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run" / "model").exists()
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 def test_corpus_of_another_model_is_refused(tmp_path: Path) -> None:
