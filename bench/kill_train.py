@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,7 +51,6 @@ def start(out: Path, data: Path, ranks: int) -> subprocess.Popen[bytes]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=(out.parent / f"{out.name}.err").open("wb"),
-        start_new_session=True,
     )
 
 
@@ -77,16 +77,29 @@ def kill_at(moment: str, process: subprocess.Popen[bytes], out: Path, rng: rando
         if due is None and has_come(moment, out, lines_before):
             due = time.monotonic() + rng.uniform(0, LONGEST_WAIT_S[moment])
         if due is not None and time.monotonic() >= due:
-            os.killpg(process.pid, signal.SIGKILL)
+            while pids := processes_of(out):
+                for pid in pids:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             process.wait()
             return True
         time.sleep(0.001)
     return False
 
 
+def processes_of(out: Path) -> list[int]:
+    """torchrun and its ranks, which outlive it: every process that was started for `out`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and f"{out}\0".encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
 def checkpoint_faults(out: Path) -> list[str]:
     """What is wrong with the newest checkpoint of a run that was killed."""
-    faults = []
+    faults: list[str] = []
     paths = sorted((out / "checkpoints").glob("step-*"))
     for path in paths:
         manifest = json.loads((path / "manifest.json").read_text())

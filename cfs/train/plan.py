@@ -1,4 +1,8 @@
-"""The memory that a rank needs, by part, before any weight is read: of config.json alone."""
+"""The memory that a rank needs, by part, before any weight is read: of config.json alone.
+
+Parts that stay follow from the parameters' shapes; the rest is rehearsed (`rehearsal.py`). What
+`--compile` saves is not foreseen: with it the plan is an upper bound.
+"""
 
 from __future__ import annotations
 
@@ -170,16 +174,17 @@ def print_plan(plan: MemoryPlan, console: Console | None = None) -> None:
     console = console or Console()
     ranks = "one rank" if plan.num_ranks == 1 else f"the fullest of {plan.num_ranks} ranks"
     table = Table(title=f"Memory of {ranks} at its peak: {plan.moment}", title_justify="left")
-    for column in ("part", "GiB", "decided by"):
-        table.add_column(column, justify="right" if column == "GiB" else "left")
+    table.add_column("part")
+    table.add_column("memory", justify="right")
+    table.add_column("decided by")
     for name, num_bytes in plan.parts.items():
-        table.add_row(name, f"{num_bytes / GIB:,.2f}", DECIDED_BY[name])
+        table.add_row(name, _shown(num_bytes), DECIDED_BY[name])
     table.add_section()
-    table.add_row("together", f"{plan.peak / GIB:,.2f}", "")
+    table.add_row("together", _shown(plan.peak), "")
     console.print(table)
     if plan.host:
-        console.print(f"and of its host {plan.host / GIB:,.2f} GiB")
-    device = f"{plan.device_bytes / GIB:,.2f} GiB, of which {SPARE:.0%} are left to spare"
+        console.print(f"and of its host {_shown(plan.host)}")
+    device = f"{_shown(plan.device_bytes)}, of which {SPARE:.0%} are left to spare"
     if plan.fits:
         console.print(f"fits in {device}")
         return
@@ -187,7 +192,13 @@ def print_plan(plan: MemoryPlan, console: Console | None = None) -> None:
     most = (1 - SPARE) * plan.device_bytes
     for remedy, peak in sorted(plan.remedies.items(), key=lambda item: item[1]):
         verdict = "fits" if peak <= most else "still too much"
-        console.print(f"  with {remedy}: {peak / GIB:,.2f} GiB, {verdict}")
+        console.print(f"  with {remedy}: {_shown(peak)}, {verdict}")
+
+
+def _shown(num_bytes: int) -> str:
+    if num_bytes < GIB:
+        return f"{num_bytes / 2**20:,.1f} MiB"
+    return f"{num_bytes / GIB:,.2f} GiB"
 
 
 def stored_dtype(directory: Path, model_config: ModelConfig) -> torch.dtype:

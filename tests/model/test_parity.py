@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cfs.model import load_model, save_model
 from cfs.model.config import parse_config
-from cfs.model.layers import rope_frequencies
+from cfs.model.layers import rope_frequencies, swiglu
 from tests.conftest import tiny_config
 
 transformers = pytest.importorskip("transformers")
@@ -155,3 +155,19 @@ def test_bfloat16_is_as_close_as_transformers_own(stories260k: Path) -> None:
         ours = (load_model(stories260k, dtype=torch.bfloat16)(ids).float() - truth).abs().mean()
         eager = (theirs16(ids).logits.float() - truth).abs().mean()
     assert ours <= 1.1 * eager
+
+
+def test_swiglu_has_the_gradients_of_its_definition() -> None:
+    """Catches a wrong derivative, and a third wide tensor kept for the backward pass."""
+    gate, up = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(swiglu, (gate, up))
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = swiglu(gate, up)
+    assert len(kept) == 2
+    torch.testing.assert_close(out, torch.nn.functional.silu(gate) * up)
