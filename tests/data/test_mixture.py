@@ -1,16 +1,11 @@
-"""The order of examples is a function of (seed, step); micro-batches lose nothing."""
+"""The order of examples is a function of (seed, step)."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-import hypothesis.strategies as st
-import numpy as np
-from hypothesis import given, settings
-
 from cfs.data.formats import Example, make_example
 from cfs.data.mixture import Draw, Mixture, Source
-from cfs.data.packing import micro_batches
 
 
 def example(length: int, tag: int, first_target: int = 1) -> Example:
@@ -76,43 +71,3 @@ def test_a_draw_is_named_by_what_a_person_finds_it_by() -> None:
     named = [make_example([0, 1], 1, number) for number in (3, 7)]
     draws = Mixture([Source("train.jsonl record", named)], 2, 0).batch(0)
     assert {d.id for d in draws} == {"train.jsonl record 3", "train.jsonl record 7"}
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(2, 30), st.integers(1, 31), st.booleans()), min_size=1),
-    st.integers(1, 100),
-    st.sampled_from([1, 2, 3, 4]),
-)
-def test_micro_batches_hold_each_target_once(
-    rows: list[tuple[int, int, bool]], max_tokens: int, world_size: int
-) -> None:
-    """Catches a target lost or doubled by sorting, cutting, dealing, or a filler that counts."""
-    draws = [
-        Draw(example(length, i + 1, min(first, length)), synthetic)
-        for i, (length, first, synthetic) in enumerate(rows)
-    ]
-    ranks = [micro_batches(draws, max_tokens, r, world_size) for r in range(world_size)]
-    assert len({len(batches) for batches in ranks}) == 1, "ranks take equal numbers of passes"
-    found: Counter[tuple[int, bool]] = Counter()
-    seen_ids = []
-    for batch in (b for batches in ranks for b in batches):
-        assert batch.input_ids.shape == batch.target_mask.shape
-        assert batch.input_ids.numel() <= max_tokens or len(batch.input_ids) == 1
-        assert not batch.target_mask[:, 0].any(), "nothing predicts the seed token"
-        seen_ids += batch.draw_ids
-        targets = batch.input_ids[batch.target_mask].tolist()
-        found.update(zip(targets, batch.synthetic.tolist(), strict=True))
-        for row, i in enumerate(batch.draw_ids):
-            length = len(draws[i].example.input_ids)
-            assert np.array_equal(batch.input_ids[row, :length], draws[i].example.input_ids)
-            assert not batch.target_mask[row, length:].any()
-    assert sorted(seen_ids) == list(range(len(draws)))
-    expected = Counter(
-        {
-            (i + 1, d.synthetic): d.example.num_targets
-            for i, d in enumerate(draws)
-            if d.example.num_targets
-        }
-    )
-    assert found == expected

@@ -90,12 +90,19 @@ def gradients(
 
 
 def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest of any parameter: norm of the difference by norm."""
+    """Norm of the difference by norm, over all parameters together."""
     assert ours.keys() == theirs.keys()
-    return max(
-        float((ours[k].double() - theirs[k].double()).norm() / theirs[k].double().norm())
-        for k in ours
-    )
+    squares = [
+        torch.stack([(ours[k].double() - b).square().sum(), b.square().sum()])
+        for k, b in ((k, theirs[k].double()) for k in ours)
+    ]
+    difference, norm = torch.stack(squares).sum(0).sqrt().tolist()
+    return difference / norm
+
+
+def worst_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The same of the parameter where it is largest."""
+    return max(relative_difference({k: ours[k]}, {k: theirs[k]}) for k in theirs)
 
 
 def sharded_cases(ranks: Ranks) -> Iterator[tuple[tuple[bool, Checkpointing, int], dict]]:
