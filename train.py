@@ -10,6 +10,7 @@ A run leaves config.yaml, metrics.jsonl, training.svg, model/, checkpoints/ and 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -158,7 +159,8 @@ def summarise(
 def main() -> None:
     config = parse(TrainConfig, DESCRIPTION)
     if config.plan:
-        print_plan(plan_run(config))
+        if os.environ.get("RANK", "0") == "0":
+            print_plan(plan_run(config))
         return
     check_loggers(config)
     ranks = process_ranks.start(config.device)

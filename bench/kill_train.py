@@ -3,9 +3,10 @@
     python bench/kill_train.py --kills 60
 
 Runs of `train.py --resume` on one and on two ranks are killed with SIGKILL while they start,
-train, save a checkpoint or write the result. After each kill the newest checkpoint must be whole
-and at most one interval behind the last step that was logged; each finished run must have the
-weights and metrics of an uninterrupted one, bit for bit.
+train, save a checkpoint or write the result. After each kill the checkpoints must be whole, and the
+newest at most one interval behind the last step that was logged, or two where the one after it was
+still being written; each finished run must have the weights and metrics of an uninterrupted one,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def processes_of(out: Path) -> list[int]:
     return found
 
 
-def checkpoint_faults(out: Path) -> list[str]:
-    """What is wrong with the newest checkpoint of a run that was killed."""
+def after_kill(out: Path) -> tuple[list[str], int]:
+    """What is wrong with the checkpoints of a run that was killed, and the steps that it lost."""
     faults: list[str] = []
     paths = sorted((out / "checkpoints").glob("step-*"))
     for path in paths:
@@ -108,10 +109,10 @@ def checkpoint_faults(out: Path) -> list[str]:
                 faults.append(f"{path.name}/{name} is damaged")
     logged = max((line["step"] for line in metrics(out)), default=0)
     newest = int(paths[-1].name.removeprefix("step-")) if paths else 0
-    # One interval is being trained while the checkpoint before it is being written.
+    # Steps go on while the checkpoint before them is being written, until the next is due.
     if logged - newest > 2 * SAVE_EVERY:
         faults.append(f"step {logged} was logged, the newest checkpoint is of step {newest}")
-    return faults
+    return faults, logged - newest
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
@@ -148,6 +149,7 @@ def report(place: Path, kills: int, rng: random.Random) -> None:
 
     counts: Counter[tuple[int, str]] = Counter()
     faults: list[str] = []
+    lost: list[int] = []
     number = finished = 0
     while sum(counts.values()) < kills:
         number += 1
@@ -160,7 +162,9 @@ def report(place: Path, kills: int, rng: random.Random) -> None:
                 process.wait()
             elif kill_at(moment, process, out, rng):
                 counts[ranks, moment] += 1
-                faults += [f"{out.name}: {fault}" for fault in checkpoint_faults(out)]
+                found, num_lost = after_kill(out)
+                faults += [f"{out.name}: {fault}" for fault in found]
+                lost.append(num_lost)
             if process.returncode not in (0, -signal.SIGKILL):
                 raise SystemExit((out.parent / f"{out.name}.err").read_text())
         finished += 1
@@ -178,6 +182,11 @@ def report(place: Path, kills: int, rng: random.Random) -> None:
         table.add_row(str(ranks), *map(str, row), str(sum(row)))
     Console().print(table)
     print(f"{finished} runs of {STEPS} steps finished after {sum(counts.values())} kills")
+    beyond = sum(steps > SAVE_EVERY for steps in lost)
+    print(
+        f"checkpoints every {SAVE_EVERY} steps; a kill lost {max(lost, default=0)} steps at most, "
+        f"more than one interval {beyond} times"
+    )
     print(f"{len(faults)} faults" + "".join(f"\n  {fault}" for fault in faults))
     sys.exit(bool(faults))
 

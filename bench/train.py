@@ -17,6 +17,7 @@ and GSM8K from ../shared/data. Each figure of memory is that of a process of its
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.table import Table
 from sampler import columns, config_of
 from train_gpu import gpu
 from train_parts import kl, l2, optimizer
@@ -47,9 +49,8 @@ from cfs.train.optim import init_weights
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 RUNS = Path(__file__).parent / "train_runs.py"
 SHAPE, MAX_LENGTH, AGREEING_STEPS = "olmo-50304", 512, 20
-TRAINER = [(4, False), (8, False), (16, False), (16, True)]
-"""Rows of a micro-batch, and whether the examples are grouped by length."""
-MICRO_BATCH_TOKENS = (1024, 2048, 4096)
+TRAINER_ROWS, GROUPED = (4, 8, 16), ", grouped by length"
+MICRO_BATCH_TOKENS = (512, 1024, 2048, 4096)
 TARGETS = (512, 1024, 2048, 4096, 8192)
 PLAIN_COPIES = 5
 """Float32 logits that plain loss and head may hold at a time, with one to spare."""
@@ -105,12 +106,12 @@ def alone(run: str, **arguments: Any) -> dict[str, Any]:
 
 
 def compare(console: Console, place: Path, arguments: argparse.Namespace) -> None:
-    """Rows take turns, `--repeats` times; every run takes the same examples."""
+    """Rows take turns, `--repeats` times."""
     for dtype in arguments.dtypes:
         agreement(console, place, dtype)
         settings: dict[str, tuple[str, dict[str, Any]]] = {}
-        for rows, grouped in TRAINER:
-            name = f"transformers, {rows} rows" + (", grouped by length" if grouped else "")
+        for grouped, rows in itertools.product((False, True), TRAINER_ROWS):
+            name = f"transformers, {rows} rows" + (GROUPED if grouped else "")
             settings[name] = ("trainer", {"micro_batch": rows, "grouped": grouped})
         for tokens in MICRO_BATCH_TOKENS:
             settings[f"cfs, {tokens} tokens"] = ("cfs", {"micro_batch_tokens": tokens})
@@ -120,39 +121,38 @@ def compare(console: Console, place: Path, arguments: argparse.Namespace) -> Non
                 results[name].append(
                     alone(run, place=str(place), steps=arguments.steps, dtype=dtype, **how)
                 )
-        console.print(comparison(results, num_tokens(place, arguments.steps), dtype))
+        console.print(comparison(results, dtype, arguments))
 
 
-def num_tokens(place: Path, steps: int) -> int:
-    """Real tokens of the first steps: prompts and targets, no padding."""
-    lengths, order = np.load(place / EXAMPLES)["lengths"], np.load(place / ORDER)
-    return int(lengths[order[: steps * BATCH_SIZE]].sum())
-
-
-def comparison(results: dict[str, list[dict[str, Any]]], tokens: int, dtype: str) -> Any:
-    """Ratios are to the fastest row of the Trainer, its memory included."""
+def comparison(
+    results: dict[str, list[dict[str, Any]]], dtype: str, arguments: argparse.Namespace
+) -> Table:
+    """Speeds and peaks of all rows, and as ratios to two of the Trainer's: the fastest one over
+    shuffled examples, which is the work that cfs does, and the fastest one of all.
+    """
     speeds = {
-        name: statistics.median(tokens / run["seconds"] for run in runs)
-        for name, runs in results.items()
+        name: [run["tokens"] / run["seconds"] for run in runs] for name, runs in results.items()
     }
-    peaks = {
-        name: statistics.median(run["peak_mib"] for run in runs) for name, runs in results.items()
-    }
-    best = max(
-        (name for name in results if name.startswith("transformers")), key=speeds.__getitem__
-    )
+    medians = {name: statistics.median(own) for name, own in speeds.items()}
+    peaks = {name: max(run["peak_mib"] for run in runs) for name, runs in results.items()}
+    theirs = [name for name in results if name.startswith("transformers")]
+    shuffled = max((n for n in theirs if not n.endswith(GROUPED)), key=medians.__getitem__)
+    fastest = max(theirs, key=medians.__getitem__)
     table = columns(
-        f"Fine-tuning beside transformers Trainer, {dtype}, batches of {BATCH_SIZE}, "
-        f"{tokens:,} real tokens; ratios to its fastest row",
-        ("what", "tokens/s", "lowest", "highest", "ratio", "peak MiB", "ratio"),
+        f"Fine-tuning beside transformers Trainer, {dtype}: {arguments.repeats} runs of "
+        f"{arguments.steps} batches of {BATCH_SIZE}\n"
+        f"a: to {shuffled}; b: to {fastest}",
+        ("what", "tokens/s", "lowest", "highest", "CPU s", "a", "b", "peak MiB", "a", "b"),
     )
     for name, runs in results.items():
-        own = [tokens / run["seconds"] for run in runs]
+        cpu = statistics.median(run["cpu_seconds"] for run in runs)
         table.add_row(
-            name, f"{speeds[name]:,.0f}", f"{min(own):,.0f}", f"{max(own):,.0f}",
-            f"{speeds[name] / speeds[best]:.2f}", f"{peaks[name]:,.0f}",
-            f"{peaks[name] / peaks[best]:.2f}",
-        )  # fmt: skip
+            name,
+            *(f"{x:,.0f}" for x in (medians[name], min(speeds[name]), max(speeds[name]), cpu)),
+            *(f"{medians[name] / medians[base]:.2f}" for base in (shuffled, fastest)),
+            f"{peaks[name]:,.0f}",
+            *(f"{peaks[name] / peaks[base]:.2f}" for base in (shuffled, fastest)),
+        )
     return table
 
 

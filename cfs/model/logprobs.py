@@ -45,11 +45,16 @@ def chunked_logprobs(
     the forward pass computes the gradients from the logits it has, and three suffice; a gradient
     that turns out to be another one is served as if there had been no hint.
     """
-    vocab_size, width = weight.shape
-    rows = rows_per_chunk or max(1, LOGITS_PER_CHUNK // vocab_size, width // 2)
+    rows = rows_per_chunk or rows_of_chunk(weight)
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         grad_hint = None
     return _ChunkedLogprobs.apply(hidden, weight, targets, rows, grad_hint)  # type: ignore[no-any-return]
+
+
+def rows_of_chunk(weight: Tensor) -> int:
+    """Targets whose logits exist at a time; weight (V, D)."""
+    vocab_size, width = weight.shape
+    return max(1, LOGITS_PER_CHUNK // vocab_size, width // 2)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -125,9 +130,9 @@ def _chunk(
 
 
 def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What the products multiply: float32, but bfloat16 where CUDA sums it in float32."""
+    """What the products multiply: float32, but bfloat16 where a device sums it in float32."""
     is_half = hidden.dtype == weight.dtype == torch.bfloat16
-    return torch.bfloat16 if is_half and hidden.device.type == "cuda" else torch.float32
+    return torch.bfloat16 if is_half and hidden.device.type != "cpu" else torch.float32
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -35,8 +35,10 @@ COMPANION_FILES = (
 LEGACY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
+def resolve_checkpoint(path: str | Path, weights: bool = True) -> Path:
     """A local directory as it is; a hub name `owner/model` downloaded, safetensors only.
+
+    weights  False: of a hub model the config and tokenizer alone
 
     Raises `UserError` where there is neither.
     """
@@ -49,13 +51,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
         raise UserError(f"{path}: no such directory; expected a model directory or a hub name")
     from huggingface_hub import snapshot_download
 
+    wanted = ["config.json", *COMPANION_FILES, *(["*.safetensors", INDEX_FILE] if weights else [])]
     try:
-        return Path(
-            snapshot_download(
-                str(path),
-                allow_patterns=["config.json", "*.safetensors", INDEX_FILE, *COMPANION_FILES],
-            )
-        )
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as error:  # the hub client raises a dozen kinds: offline, unknown, gated
         reason = str(error).strip().split("\n")[0]
         raise UserError(

@@ -92,7 +92,7 @@ def plan_run(config: TrainConfig) -> MemoryPlan:
     For CUDA, which need not be here, with `--device cuda`, or with `--plan-gib` unless `--device`
     says otherwise. Raises `UserError` where the device's memory is neither known nor given.
     """
-    directory = resolve_checkpoint(config.model or TINYWORLD_DIR)
+    directory = resolve_checkpoint(config.model or TINYWORLD_DIR, weights=False)
     model_config = read_config(directory)
     device_type = config.device
     if device_type == "auto":

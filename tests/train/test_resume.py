@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +23,7 @@ from cfs.train import loop
 from cfs.train.checkpoint import latest, read_facts
 from cfs.train.loop import train
 from cfs.train.metrics import CLOCKED
-from tests.conftest import read_metrics, run_python, tiny_model
+from tests.conftest import REPOSITORY, read_metrics, run_python, tiny_model
 from tests.train.runs import STEPS, make_run, random_examples, same, weights
 
 
@@ -175,3 +181,54 @@ def test_two_ranks_resume_as_one_and_one_as_two(
                 assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5), line["step"]
             if "kl_nats" in expected:  # of whole sequences, some sixty tokens each
                 assert line["kl_nats"] == pytest.approx(expected["kl_nats"], abs=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_the_step_and_exits_resumable(
+    ranks: int, task_file: Path, tmp_path: Path
+) -> None:
+    """Catches a signal that loses the steps since the last checkpoint, or ends in a traceback."""
+    out = tmp_path / "run"
+    flags = [*TRAIN, "--data", str(task_file), "--corpora", str(tmp_path / "corpora")]
+    flags += ["--out", str(out), "--steps", "2000", "--save-every", "1000", "--resume"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*command, f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, *flags], cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_until(lambda: (out / "metrics.jsonl").is_file() and len(read_metrics(out)) > 4, process)
+    process.terminate()
+    said, complained = (text.decode() for text in process.communicate(timeout=120))
+    # torchrun reports the signal that it got itself, whatever its ranks made of it.
+    assert (process.returncode == 0) is (ranks == 1), complained
+    stopped = re.search(r"stopped after step (\d+) of 2000, which is saved", said)
+    assert stopped is not None, said + complained
+    path = latest(out / "checkpoints")
+    assert path is not None
+    assert path.name == f"step-{int(stopped[1]):06d}"
+    assert read_metrics(out)[-1]["step"] == int(stopped[1])
+    assert "Traceback" not in complained or ranks == 2, complained
+    if ranks == 1:
+        more = str(int(stopped[1]) + 2)
+        done = run_python("train.py", "--resume", "--out", str(out), "--stop-after", more)
+        assert f"stopped after step {more} of 2000" in done.stdout, done.stderr
+
+
+def wait_until(has_come: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    while not has_come():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def test_interleaved_files_train_together(task_file: Path, tmp_path: Path) -> None:
+    """Catches shares that never reach the mixture."""
+    text = tmp_path / "notes.jsonl"
+    text.write_text("".join(json.dumps({"text": f"note {i}"}) + "\n" for i in range(20)))
+    flags = [f for f in TRAIN if f not in ("--format", "tinyworld")]
+    flags += ["--interleave", f"{task_file}:tinyworld=0.75", f"{text}:text=0.25"]
+    flags += ["--corpora", str(tmp_path / "corpora"), "--out", str(tmp_path / "run")]
+    done = run_python(*flags)
+    assert done.returncode == 0, done.stderr
+    assert "120 of 120 records" in done.stdout
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 12
