@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -189,12 +189,12 @@ def _choose(asked: AskedRoute, states: list[tuple[Route, str | None]]) -> Route:
     raise AssertionError("sdpa is always available")
 
 
-def _help() -> str:
+def _help(use: str, why_not_here: Callable[..., str | None]) -> str:
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if is_cuda else "cpu")
-    states = [(route, why_not(route, device, torch.bfloat16)) for route in ROUTES]
+    states = [(route, why_not_here(route, device, torch.bfloat16)) for route in ROUTES]
     here = "; ".join(f"{route}: {reason or 'available'}" for route, reason in states)
-    return f"kernel of the decode step: auto (the best available), {', '.join(ROUTES)}. Here {here}"
+    return f"kernel of {use}: auto (the best available), {', '.join(ROUTES)}. Here {here}"
 
 
 def why_not(route: Route, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -238,8 +238,10 @@ def _varlen_options() -> frozenset[str]:
 VARLEN_OPTIONS = _varlen_options()
 """What this torch's `varlen_attn` can be told; empty where there is none."""
 
-ATTENTION_HELP = _help()
+ATTENTION_HELP = _help("the decode step", why_not)
 """One line for `--help`: the routes, and which are available here."""
+TRAINING_ATTENTION_HELP = _help("packed documents", why_not_training)
+"""The same for training."""
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

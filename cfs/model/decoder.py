@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfs.model.attention import AttentionContext, CausalBatch
+from cfs.model.attention import AttentionContext, CausalBatch, Route
 from cfs.model.config import ModelConfig
 from cfs.model.layers import MLP, Attention, Rope
 from cfs.model.logprobs import chunked_logprobs
@@ -45,6 +45,8 @@ class Decoder(nn.Module):
         self.config = config
         self.source_dir: str | None = None
         """Directory the weights came from; its tokenizer files go with a saved copy."""
+        self.packed_route: Route | None = None
+        """Kernel for packed documents; None for the best that there is."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, layer, self.norm_class) for layer in range(config.num_layers)

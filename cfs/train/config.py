@@ -10,6 +10,7 @@ from cfs.assets import TINYWORLD_DIR
 from cfs.cli import option
 from cfs.data.formats import FORMATS
 from cfs.errors import UserError
+from cfs.model.attention import TRAINING_ATTENTION_HELP
 from cfs.train.methods import METHODS, Method
 
 PAPER_SAMPLING = (1.0, 0.95)
@@ -131,6 +132,7 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "selective", "block"] = option(
         "none", "what the backward pass computes again instead of keeping it"
     )
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = option("auto", TRAINING_ATTENTION_HELP)
     compile: bool = option(False, "torch.compile the blocks")
     shard_ranks: int | None = option(
         None, "ranks that hold one copy of the model; fewer than all: hybrid sharding [all]"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cfs.model import Decoder, build_model
+from cfs.model.attention import choose_training_route
 from cfs.model.saving import save_tensors
 from cfs.model.weights import StoredWeights, open_weights
 from cfs.ranks import Ranks
@@ -48,6 +49,8 @@ def starting_model(config: TrainConfig, directory: Path, ranks: Ranks) -> Traine
     if from_scratch:
         init_weights(model, config.seed)
     model.to(masters)
+    if config.attention != "auto":
+        model.packed_route = choose_training_route(config.attention, ranks.device, compute)
     checkpoint_activations(model, config.activation_checkpointing)
     if config.compile:
         compile_blocks(model)

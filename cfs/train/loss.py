@@ -65,7 +65,7 @@ def token_logprobs(model: Decoder, batch: MicroBatch, grad_hint: Tensor | None =
                a product with the head, and changes no result even if it turns out wrong
     """
     device = batch.input_ids.device
-    packed = PackedBatch(batch.lengths, device) if batch.lengths else None
+    packed = PackedBatch(batch.lengths, device, model.packed_route) if batch.lengths else None
     return model(
         batch.input_ids, target_mask=batch.target_mask, context=packed, grad_hint=grad_hint
     )

@@ -25,9 +25,9 @@ CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINTS, MODEL, LOCK = "checkpoints", "model", ".lock"
 # What a run may change when it goes on: where and how it computes, what it keeps and shows.
 CHANGEABLE = frozenset(
-    "out resume corpora device micro_batch_tokens activation_checkpointing compile shard_ranks "
-    "offload_reference save_every keep stop_after kl_every skill_items tensorboard wandb "
-    "plan plan_ranks plan_gib".split()
+    "out resume corpora device micro_batch_tokens activation_checkpointing attention "
+    "compile shard_ranks offload_reference save_every keep stop_after kl_every skill_items "
+    "tensorboard wandb plan plan_ranks plan_gib".split()
 )
 
 
