@@ -48,12 +48,29 @@ class PackedBatch:
         q, k, v = (x.transpose(1, 2).squeeze(0) for x in (q, k, v))
         takes_plain = q.dtype not in HALF_PRECISION and not self.is_chosen
         if self.route == "sdpa" or takes_plain:
-            mixed = _by_document(q, k, v, self.runs)  # pyright: ignore[reportCallIssue] (untyped decorator)
+            mixed = self._by_document(q, k, v)
         elif self.route == "flash":
             mixed = _flash(q, k, v, self.cu_seqlens, self.max_seqlen)
         else:
             mixed = _varlen(q, k, v, self.cu_seqlens, self.max_seqlen)
         return mixed.unsqueeze(0).transpose(1, 2)
+
+    # Lengths differ from batch to batch, and dynamo would compile anew for each list of them.
+    @torch.compiler.disable
+    def _by_document(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Plain torch: no (T, T) mask, one batched call for each run of equal lengths.
+
+        q (T, H, C), k and v (T, K, C) -> (T, H, C).
+        """
+        sizes = [num_documents * length for num_documents, length in self.runs]
+        # split's backward pass concatenates; that of slices would add up T positions for each.
+        pieces = (x.split(sizes) for x in (q, k, v))
+        mixed = []
+        for run, *qkv in zip(self.runs, *pieces, strict=True):
+            q, k, v = (x.unflatten(0, run).transpose(1, 2) for x in qkv)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            mixed.append(y.transpose(1, 2).flatten(0, 1))
+        return torch.cat(mixed)
 
 
 @cache
@@ -62,26 +79,8 @@ def _best_route(device: torch.device) -> Route:
     return choose_training_route("auto", device, torch.bfloat16)
 
 
-# Lengths differ from batch to batch, and dynamo would compile anew for each list of them.
-@torch.compiler.disable
-def _by_document(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[int, int]]) -> Tensor:
-    """Plain torch: no (T, T) mask, one batched call for each run of documents of equal length.
-
-    q (T, H, C), k and v (T, K, C); runs of (number of documents, their length) -> (T, H, C).
-    """
-    sizes = [num_documents * length for num_documents, length in runs]
-    # The backward pass of split concatenates; that of slices would add up T positions for each.
-    pieces = (x.split(sizes) for x in (q, k, v))
-    mixed = []
-    for run, *qkv in zip(runs, *pieces, strict=True):
-        q, k, v = (x.unflatten(0, run).transpose(1, 2) for x in qkv)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        mixed.append(y.transpose(1, 2).flatten(0, 1))
-    return torch.cat(mixed)
-
-
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """The flash-attn package; shapes as in `_by_document`."""
+    """The flash-attn package; shapes as in `PackedBatch._by_document`."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     return flash_attn_varlen_func(
@@ -90,7 +89,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """torch's own flash kernel; shapes as in `_by_document`."""
+    """torch's own flash kernel; shapes as in `PackedBatch._by_document`."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: Any = {"window_size": (-1, 0)}  # causal

@@ -97,7 +97,7 @@ def train(run: Run) -> bool:
             progress.step += 1
             progress.seconds += time.monotonic() - started
             is_last = progress.step == config.steps
-            is_stopped = is_asked_to_stop or progress.step == config.stop_after
+            is_stopped = is_asked_to_stop or progress.step >= (config.stop_after or math.inf)
             if run.held_out is not None and (is_last or progress.step % config.kl_every == 0):
                 progress.kl = estimate_kl(
                     run.model, run.held_out, config.micro_batch_tokens, run.ranks

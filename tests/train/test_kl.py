@@ -9,7 +9,7 @@ import torch
 from cfs.data.formats import make_example
 from cfs.model import Decoder
 from cfs.sample.sampler import Request, SamplingSettings, generate
-from cfs.train.kl import HeldOutSamples, estimate_kl
+from cfs.train.kl import HeldOutSamples, estimate_kl, sequence_logprobs
 from tests.conftest import ALONE, tiny_model
 
 EOS, VOCABULARY, MAX_TOKENS = 0, 5, 3
@@ -70,6 +70,22 @@ def test_a_model_is_no_distance_from_itself() -> None:
     kl = estimate_kl(base, held_out(base, 500, 0), 64, ALONE)
     assert abs(kl.nats) < 1e-5
     assert kl.se < 1e-5
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 64, 4096])
+@torch.no_grad()
+def test_each_sequence_gets_the_sum_over_its_own_targets(max_tokens: int) -> None:
+    """Catches log-probabilities credited to another document of the packed row."""
+    model = small(1)
+    examples = held_out(small(2), 40, 0).examples
+    ids, sums = sequence_logprobs(model, examples, max_tokens, ALONE)
+    assert sorted(ids) == list(range(40))
+    assert sums.dtype == np.float64
+    for i, total in zip(ids, sums, strict=True):
+        tokens = torch.from_numpy(examples[i].input_ids)
+        logprobs = model(tokens[None])[0, :-1].log_softmax(-1)
+        alone = logprobs.gather(-1, tokens[1:, None]).sum()
+        assert total == pytest.approx(float(alone), abs=1e-5)
 
 
 def test_truncated_samples_are_biased() -> None:
