@@ -111,7 +111,7 @@ def compare(console: Console, place: Path, arguments: argparse.Namespace) -> Non
         agreement(console, place, dtype)
         settings: dict[str, tuple[str, dict[str, Any]]] = {}
         for grouped, rows in itertools.product((False, True), TRAINER_ROWS):
-            name = f"transformers, {rows} rows" + (GROUPED if grouped else "")
+            name = f"Trainer, {rows} rows" + (GROUPED if grouped else "")
             settings[name] = ("trainer", {"micro_batch": rows, "grouped": grouped})
         for tokens in MICRO_BATCH_TOKENS:
             settings[f"cfs, {tokens} tokens"] = ("cfs", {"micro_batch_tokens": tokens})
@@ -135,7 +135,7 @@ def comparison(
     }
     medians = {name: statistics.median(own) for name, own in speeds.items()}
     peaks = {name: max(run["peak_mib"] for run in runs) for name, runs in results.items()}
-    theirs = [name for name in results if name.startswith("transformers")]
+    theirs = [name for name in results if name.startswith("Trainer")]
     shuffled = max((n for n in theirs if not n.endswith(GROUPED)), key=medians.__getitem__)
     fastest = max(theirs, key=medians.__getitem__)
     table = columns(
@@ -159,12 +159,14 @@ def comparison(
 def agreement(console: Console, place: Path, dtype: str) -> None:
     """Do both do the same work? Their losses over the first steps, batch by batch."""
     common = {"place": str(place), "steps": AGREEING_STEPS, "dtype": dtype}
-    theirs = alone("trainer", micro_batch=8, grouped=False, **common)["losses"]
-    mine = alone("cfs", micro_batch_tokens=2048, **common)["losses"]
-    largest = max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
+    theirs = alone("trainer", micro_batch=8, grouped=False, **common)
+    mine = alone("cfs", micro_batch_tokens=2048, **common)
+    losses = mine["losses"]
+    largest = max(abs(a - b) for a, b in zip(losses, theirs["losses"], strict=True))
     console.print(
-        f"{dtype}: the losses of {AGREEING_STEPS} steps, from {mine[0]:.4f} to {mine[-1]:.4f}, "
-        f"differ from the Trainer's by at most {largest:.1e}"
+        f"{dtype}: the losses of {AGREEING_STEPS} steps, from {losses[0]:.4f} to {losses[-1]:.4f}, "
+        f"differ from the Trainer's by at most {largest:.1e}; peaks {mine['peak_mib']:,.0f} MiB at "
+        f"2048 tokens, the Trainer's {theirs['peak_mib']:,.0f} MiB at 8 rows"
     )
 
 

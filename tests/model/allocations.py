@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
-class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation under it made."""
+class Allocations(TorchDispatchMode):
+    """Elements, of four bytes, of the largest tensor that any operation makes."""
 
-    num_bytes = 0
+    largest = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        made = result if isinstance(result, (tuple, list)) else [result]
-        sizes = [x.untyped_storage().nbytes() for x in made if isinstance(x, Tensor)]
-        self.num_bytes = max(self.num_bytes, *sizes, 0)
-        return result
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *(x.untyped_storage().nbytes() // 4 for x in tensors)])
+        return out
