@@ -19,7 +19,7 @@ import torch
 
 from cfs import ranks as process_ranks
 from cfs.assets import TINYWORLD_DIR
-from cfs.cli import parse, run
+from cfs.cli import given_flags, parse, run
 from cfs.data import tinyworld
 from cfs.data.mixture import Source
 from cfs.data.tokenizer import Tokenizer
@@ -50,7 +50,8 @@ from cfs.train.sources import TaskData, held_out_samples, synthetic_examples, ta
 
 def fine_tune(config: TrainConfig, ranks: Ranks) -> None:
     """One run from its flags to its table. Collective."""
-    config = ranks.on_main(lambda: recalled(config))
+    flags = given_flags(TrainConfig)
+    config = ranks.on_main(lambda: recalled(config, flags))
     directory = resolve_checkpoint(config.model or TINYWORLD_DIR)
     context = read_config(directory).max_position_embeddings
     config = config.resolved(ranks.device.type, context)

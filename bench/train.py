@@ -38,6 +38,7 @@ from train_gpu import gpu
 from train_parts import kl, l2, optimizer
 from train_runs import BATCH_SIZE, EXAMPLES, HEAD_VOCABULARY, HEAD_WIDTH, MODEL, ORDER
 
+from cfs.cli import run
 from cfs.data.formats import Example, make_examples, read_records
 from cfs.data.mixture import Mixture, Source
 from cfs.data.tokenizer import Tokenizer
@@ -93,12 +94,12 @@ def prepare(place: Path) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def alone(run: str, **arguments: Any) -> dict[str, Any]:
+def alone(name: str, **arguments: Any) -> dict[str, Any]:
     """What `train_runs.py` measures in a process of its own."""
-    command = [sys.executable, str(RUNS), run, json.dumps(arguments)]
+    command = [sys.executable, str(RUNS), name, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{run} {arguments}: exit code {done.returncode}\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{name} {arguments}: exit code {done.returncode}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -117,9 +118,9 @@ def compare(console: Console, place: Path, arguments: argparse.Namespace) -> Non
             settings[f"cfs, {tokens} tokens"] = ("cfs", {"micro_batch_tokens": tokens})
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
         for _ in range(arguments.repeats):
-            for name, (run, how) in settings.items():
+            for name, (side, how) in settings.items():
                 results[name].append(
-                    alone(run, place=str(place), steps=arguments.steps, dtype=dtype, **how)
+                    alone(side, place=str(place), steps=arguments.steps, dtype=dtype, **how)
                 )
         console.print(comparison(results, dtype, arguments))
 
@@ -131,10 +132,10 @@ def comparison(
     shuffled examples, which is the work that cfs does, and the fastest one of all.
     """
     speeds = {
-        name: [run["tokens"] / run["seconds"] for run in runs] for name, runs in results.items()
+        name: [one["tokens"] / one["seconds"] for one in runs] for name, runs in results.items()
     }
     medians = {name: statistics.median(own) for name, own in speeds.items()}
-    peaks = {name: max(run["peak_mib"] for run in runs) for name, runs in results.items()}
+    peaks = {name: max(one["peak_mib"] for one in runs) for name, runs in results.items()}
     theirs = [name for name in results if name.startswith("Trainer")]
     shuffled = max((n for n in theirs if not n.endswith(GROUPED)), key=medians.__getitem__)
     fastest = max(theirs, key=medians.__getitem__)
@@ -145,7 +146,7 @@ def comparison(
         ("what", "tokens/s", "lowest", "highest", "CPU s", "a", "b", "peak MiB", "a", "b"),
     )
     for name, runs in results.items():
-        cpu = statistics.median(run["cpu_seconds"] for run in runs)
+        cpu = statistics.median(one["cpu_seconds"] for one in runs)
         table.add_row(
             name,
             *(f"{x:,.0f}" for x in (medians[name], min(speeds[name]), max(speeds[name]), cpu)),
@@ -192,8 +193,8 @@ def head_peak(kind: str, num_targets: int) -> str:
     free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if kind == "plain" and PLAIN_COPIES * 4 * num_targets * HEAD_VOCABULARY > free_bytes:
         return "no room"
-    run = alone("head", kind=kind, num_targets=num_targets, dtype="float32")
-    return f"{run['mib']:,.0f}"
+    found = alone("head", kind=kind, num_targets=num_targets, dtype="float32")
+    return f"{found['mib']:,.0f}"
 
 
 TABLES: dict[str, Callable[..., None]] = {
@@ -232,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,11 +19,16 @@ import jsonargparse
 import yaml
 
 from cfs.errors import MainRankError, UserError
+from cfs.files import write_atomically
 
 Config = TypeVar("Config")
 
 EXIT_SIGTERM = 128 + signal.SIGTERM
 METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+"""What batch systems send before a job's time ends; Slurm's `--signal` names either."""
 
 
 class Terminated(BaseException):
@@ -77,6 +82,17 @@ def parse(
     return config_class(**values)
 
 
+def given_flags(config_class: type[Any], arguments: list[str] | None = None) -> set[str]:
+    """Fields that the command line or its `--config` file names, whatever value they give."""
+    given = sys.argv[1:] if arguments is None else arguments
+    names = {a[2:].split("=")[0].replace("-", "_") for a in given if a.startswith("--")}
+    for flag, file in zip(given, [*given[1:], ""], strict=True):
+        path = file if flag == "--config" else flag.removeprefix("--config=")
+        if flag.startswith("--config"):
+            names |= set(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+    return names & {field.name for field in dataclasses.fields(config_class)}
+
+
 def _file_first(arguments: list[str]) -> list[str]:
     """`--config FILE` before all other flags, as what is parsed later wins."""
     files, flags = [], []
@@ -126,7 +142,7 @@ def save_yaml(config: Any, path: Path, comments: list[str]) -> None:
     """Write a config as a file that `--config` reads back, under some lines of comment."""
     head = "".join(f"# {line}\n" for line in comments)
     body = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    path.write_text(head + body, encoding="utf-8")
+    write_atomically(path, head + body)
 
 
 def run(main: Callable[[], None], resumes: str | None = None, stopped: int = EXIT_SIGTERM) -> None:
@@ -139,7 +155,8 @@ def run(main: Callable[[], None], resumes: str | None = None, stopped: int = EXI
     program, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     code = 0
     if resumes is not None:
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in STOPPING:
+            signal.signal(number, _terminate)
     try:
         main()
     except UserError as error:
@@ -171,5 +188,6 @@ def leave(code: int) -> NoReturn:
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun and the shell may both send one
+    for number in STOPPING:  # torchrun and the shell may both send one
+        signal.signal(number, signal.SIG_IGN)
     raise Terminated

@@ -92,7 +92,11 @@ class Mixture:
         if source.num_draws == len(source.examples):
             return slot
         earlier_passes, offset = divmod(epoch * source.num_draws + slot, len(source.examples))
-        shuffled = _permutation((self.seed, number, earlier_passes), len(source.examples))
+        shuffled = _permutation(
+            # The last number keeps it apart from an epoch's: NumPy pads a seed with zeros.
+            (self.seed, number, earlier_passes, 1),
+            len(source.examples),
+        )
         return int(shuffled[offset])
 
 

@@ -16,6 +16,9 @@ from cfs.train.methods import METHODS, Method
 PAPER_SAMPLING = (1.0, 0.95)
 """Temperature and top-p of context-free samples (section 3)."""
 
+LARGEST_BATCH = 2**17
+"""Examples of a step, of which every rank makes a list."""
+
 AT_LEAST_ONE = (
     "batch_size",
     "steps",
@@ -149,6 +152,8 @@ class TrainConfig:
         _require(self, "skill_items", self.skill_items >= 1, "at least 1")
         for name in AT_LEAST_ONE:
             _require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, ">= 1")
+        too_many = self.batch_size is not None and self.batch_size > LARGEST_BATCH
+        _require(self, "batch_size", not too_many, f"at most {LARGEST_BATCH:,}")
         _require(self, "beta2", self.beta2 is None or 0 < self.beta2 < 1, "in (0, 1)")
         _require(self, "max_length", self.max_length is None or self.max_length >= 2, ">= 2")
         _require(self, "epochs", self.epochs is None or self.epochs > 0, "above 0")

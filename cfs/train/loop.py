@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -105,9 +105,11 @@ def train(run: Run) -> bool:
                 metrics |= _named_kl(progress.kl)
             _log(run, metrics)
             if is_last or is_stopped or progress.step % config.save_every == 0:
+                check_weights(run)
                 save_checkpoint(run)
             bar.advance(1, f"loss {metrics['loss']:.3f}" + _kl_note(progress.kl))
             if is_stopped and not is_last:
+                request.is_granted = True
                 return False
     return True
 
@@ -176,9 +178,13 @@ def squared_grad_norm(shards: list[LocalShard]) -> torch.Tensor:
 
 
 def refuse_step(run: Run, draws: list[Draw], loss: float, grad_norm: float) -> None:
-    """Save the state before the step, and raise `NonFiniteError` with the examples' names."""
+    """Save the state before the step, and raise `NonFiniteError` with the examples' names.
+
+    Weights that are not finite themselves are not saved: the checkpoints before them stand.
+    """
     for shard in run.shards:
         shard.parameter.grad = None
+    check_weights(run)
     save_checkpoint(run, wait=True)
     ids, logprobs = sequence_logprobs(
         run.model, [d.example for d in draws], run.config.micro_batch_tokens, run.ranks
@@ -189,8 +195,30 @@ def refuse_step(run: Run, draws: list[Draw], loss: float, grad_norm: float) -> N
     message = (
         f"step {run.progress.step + 1}: loss {loss}, gradient norm {grad_norm}; the step was not "
         f"taken. Its examples: {', '.join(draw.id for draw in draws)}. Not finite by itself: "
-        f"{blamed}. Lower --lr, compute in --dtype float32, or remove an example"
+        f"{blamed}. Remove what is wrong with them, or begin again in another --out with a lower "
+        "--lr or in --dtype float32"
     )
+    stop_all(run, message)
+
+
+def check_weights(run: Run) -> None:
+    """Raise `NonFiniteError` rather than save weights that are not finite. Collective."""
+    if not weights_are_finite(run):
+        stop_all(
+            run,
+            f"step {run.progress.step}: the weights are not finite after it; the checkpoints "
+            "before it stand. Begin again in another --out with a lower --lr or with --clip",
+        )
+
+
+def weights_are_finite(run: Run) -> bool:
+    """Are all weights of all ranks finite numbers? Collective."""
+    bad = [(~shard.local.isfinite()).any() for shard in run.shards]
+    return not bool(run.ranks.sum(torch.stack(bad).sum()))
+
+
+def stop_all(run: Run, message: str) -> NoReturn:
+    """Raise `NonFiniteError` on every rank; rank 0 alone says why."""
     if run.ranks.is_main:
         raise NonFiniteError(message)
     raise MainRankError(message, NonFiniteError.exit_code)

@@ -46,8 +46,9 @@ class MetricsLog:
         self.writer = _tensorboard(out, first_step) if config.tensorboard else None
         self.tracker = _wandb(config, out) if config.wandb is not None else None
         if file.is_file():
-            kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= first_step]
-            write_atomically(file, "".join(f"{line}\n" for line in kept if first_step))
+            kept = [line for line in _whole_lines(file) if _step_of(line, file) <= first_step]
+            with blaming(file, "free some space and --resume"):
+                write_atomically(file, "".join(f"{line}\n" for line in kept if first_step))
 
     def write(self, metrics: dict[str, Any]) -> None:
         """metrics  numbers, None where there is none; the step among them"""
@@ -82,6 +83,15 @@ def _whole_lines(file: Path) -> list[str]:
     """Without the last where a kill cut it short."""
     text = file.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1].splitlines()
+
+
+def _step_of(line: str, file: Path) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file}: a line is damaged ({line[:40]!r}); remove it, and --resume goes on"
+        ) from error
 
 
 def _import_tensorboard() -> Any:

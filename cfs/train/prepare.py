@@ -48,8 +48,11 @@ def prepared_run(
         result_dtype=trained.result_dtype,
     )
     resume(run, out / CHECKPOINTS)
-    if ranks.is_main:
+
+    def open_log() -> None:
         run.metrics = MetricsLog(out, out / METRICS, config, run.progress.step)
+
+    ranks.on_main(open_log)
     return run
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from cfs.model.weights import StoredWeights
 from cfs.train.parallel import LocalShard
 
-ELEMENTS_AT_A_TIME = 2**20
-"""So that the float32 difference stays in a CPU's cache, and small on any device."""
+CHUNK_ON_CPU, CHUNK_ON_DEVICE = 2**20, 2**23
+"""Elements at a time: a float32 difference near a CPU's cache, or kernels worth their launch."""
 
 
 class Reference:
@@ -56,15 +56,11 @@ class Reference:
             if shard.parameter.grad is None:
                 shard.parameter.grad = torch.zeros_like(shard.parameter)
             assert shard.grad is not None
-            pieces = zip(
-                *(
-                    x.reshape(-1).split(ELEMENTS_AT_A_TIME)
-                    for x in (shard.local, shard.grad, value)
-                ),
-                strict=True,
-            )
-            for here, grad, there in pieces:
-                moved = here.float() - there.to(here.device, torch.float32, non_blocking=True)
+            chunk = CHUNK_ON_CPU if shard.grad.device.type == "cpu" else CHUNK_ON_DEVICE
+            flat = (x.view(-1) for x in (shard.local, shard.grad, value))
+            pieces = (x.split(chunk) for x in flat)
+            for here, grad, there in zip(*pieces, strict=True):
+                moved = here.float() - there.to(here.device, non_blocking=True).float()
                 grad.add_(moved, alpha=2.0 * strength)
                 total += torch.dot(moved, moved)
         return total

@@ -31,11 +31,13 @@ CHANGEABLE = frozenset(
 )
 
 
-def recalled(config: TrainConfig) -> TrainConfig:
+def recalled(config: TrainConfig, flags: set[str]) -> TrainConfig:
     """The config of the run that `--resume` goes on with, under the flags given now.
 
     With `--resume --out DIR` alone that is the run's own config; a flag that would make it
     another run is refused. Without an earlier run the config stays as it is.
+
+    flags  the fields that were given, be it with their default
     """
     if not config.resume or config.out is None:
         return config
@@ -46,7 +48,7 @@ def recalled(config: TrainConfig) -> TrainConfig:
     given: dict[str, Any] = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if getattr(config, field.name) != field.default
+        if field.name in flags
     }
     # The run's epochs became steps when its examples were counted; `check_same_run` compares.
     values: dict[str, Any] = dataclasses.asdict(began) | {"stop_after": None} | given
@@ -85,10 +87,11 @@ def claimed_run_directory(config: TrainConfig, facts: list[str]) -> Iterator[Pat
         is_new = not (out / CONFIG).is_file()
         if not is_new:
             check_same_run(config, out)
-        with blaming(out, "choose another --out"):
-            # Not how far it goes this time: the file repeats the whole run.
-            whole = dataclasses.replace(config, resume=False, stop_after=None)
-            save_yaml(whole, out / CONFIG, facts)
+        else:
+            with blaming(out, "choose another --out"):
+                # Not how far it goes this time: the file repeats the whole run.
+                whole = dataclasses.replace(config, resume=False, stop_after=None)
+                save_yaml(whole, out / CONFIG, facts)
         try:
             yield out
         except UserError:

@@ -125,18 +125,28 @@ def test_a_step_that_is_not_finite_is_not_taken(tmp_path: Path) -> None:
     assert path is not None
     assert read_facts(path)["progress"]["step"] == met
     again = weights(make_run(tmp_path, "run", base=base, task=examples, l2=0.0))
-    assert all(bool(v.isfinite().all()) for name, v in again.items() if name != TABLE)
-    assert int(again[TABLE].isfinite().all(1).sum()) == 96
+    assert all(bool(value.isfinite().all()) for value in again.values())
 
 
-POISON, TABLE = 96, "embed_tokens.weight"
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """Catches a checkpoint that can only fail again, which rotation puts in place of good ones."""
+    with pytest.raises(NonFiniteError, match="the weights are not finite") as caught:
+        train(make_run(tmp_path, "run", l2=0.0, lr=1e38, clip=0.0, warmup=0.0, save_every=1))
+    assert caught.value.exit_code == 3
+    path = latest(tmp_path / "run" / "checkpoints")
+    assert path is not None
+    again = weights(make_run(tmp_path, "run", l2=0.0, lr=1e38, clip=0.0, warmup=0.0))
+    assert all(bool(value.isfinite().all()) for value in again.values())
+
+
+POISON = 96
 
 
 def poisoned_base(place: Path) -> Path:
     """A model that cannot read one of its tokens, and never writes it."""
     model = tiny_model("olmo")
     with torch.no_grad():
-        model.embed_tokens.weight[POISON] = float("nan")
+        model.embed_tokens.weight[POISON] = torch.tensor([3e38, -3e38]).repeat(16)
     save_model(model, place / "poisoned")
     return place / "poisoned"
 
