@@ -26,71 +26,43 @@ from typing import Any
 
 import numpy as np
 import torch
+from models import config_of
 from rich.console import Console
 from rich.table import Table
 
 from cfs import ranks as process_ranks
 from cfs.cli import run as run_entry_point
 from cfs.data.formats import Example
-from cfs.data.mixture import Mixture, Source
+from cfs.data.mixture import Source
 from cfs.model import build_model, read_config, save_model
 from cfs.model.config import parse_config
 from cfs.ranks import Ranks
 from cfs.train.config import TrainConfig
-from cfs.train.endpoints import starting_model
 from cfs.train.loop import Run, train
-from cfs.train.optim import ShardedAdamW
 from cfs.train.plan import CHECKPOINT, plan_memory, stored_dtype
-from cfs.train.reference import Reference
+from cfs.train.prepare import prepared_run
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
 STEPS, LENGTH = 2, 256
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
-SHAPES: dict[str, dict[str, Any]] = {
-    "warm-up": {
-        "model_type": "llama",
-        "vocab_size": 100,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    },
-    "olmo-50m": {
-        "model_type": "olmo",
-        "vocab_size": 50304,
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-    },
-    "llama-125m": {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": True,
-    },
-}
+SHAPES = ("warm-up", "olmo-50304", "llama-125m")
 # Name: shape, ranks, and what differs from float32, AdamW and 1,024 tokens a micro-batch.
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "olmo": ("olmo-50m", 1, {}),
-    "olmo-2048-tokens": ("olmo-50m", 1, {"micro_batch_tokens": 2048}),
-    "olmo-adamw8bit": ("olmo-50m", 1, {"optimizer": "adamw8bit"}),
-    "olmo-l2": ("olmo-50m", 1, {"l2": 0.1}),
-    "olmo-selective": ("olmo-50m", 1, {"activation_checkpointing": "selective"}),
-    "olmo-block": ("olmo-50m", 1, {"activation_checkpointing": "block"}),
-    "olmo-bfloat16": ("olmo-50m", 1, {"dtype": "bfloat16"}),
-    "olmo-bfloat16-masters": ("olmo-50m", 1, {"dtype": "bfloat16", "masters": "bfloat16"}),
-    "olmo-2-ranks": ("olmo-50m", 2, {}),
-    "olmo-2-ranks-one-micro-batch": ("olmo-50m", 2, {"batch_size": 8}),
-    "olmo-2-ranks-2-copies": ("olmo-50m", 2, {"shard_ranks": 1}),
-    "olmo-2-ranks-short": ("olmo-50m", 2, {"micro_batch_tokens": LENGTH, "batch_size": 4}),
+    "olmo": ("olmo-50304", 1, {}),
+    "olmo-2048-tokens": ("olmo-50304", 1, {"micro_batch_tokens": 2048}),
+    "olmo-adamw8bit": ("olmo-50304", 1, {"optimizer": "adamw8bit"}),
+    "olmo-l2": ("olmo-50304", 1, {"l2": 0.1}),
+    "olmo-selective": ("olmo-50304", 1, {"activation_checkpointing": "selective"}),
+    "olmo-block": ("olmo-50304", 1, {"activation_checkpointing": "block"}),
+    "olmo-bfloat16": ("olmo-50304", 1, {"dtype": "bfloat16"}),
+    "olmo-bfloat16-masters": ("olmo-50304", 1, {"dtype": "bfloat16", "masters": "bfloat16"}),
+    "olmo-2-ranks": ("olmo-50304", 2, {}),
+    "olmo-2-ranks-one-micro-batch": ("olmo-50304", 2, {"batch_size": 8}),
+    "olmo-2-ranks-2-copies": ("olmo-50304", 2, {"shard_ranks": 1}),
+    "olmo-2-ranks-short": ("olmo-50304", 2, {"micro_batch_tokens": LENGTH, "batch_size": 4}),
     "olmo-2-ranks-bfloat16-block-adamw8bit-l2": (
-        "olmo-50m",
+        "olmo-50304",
         2,
         {
             "dtype": "bfloat16",
@@ -121,25 +93,15 @@ def resolved(directory: Path, num_ranks: int, changes: dict[str, Any]) -> TrainC
 
 def trained_run(config: TrainConfig, directory: Path, ranks: Ranks) -> Run:
     """A run put together as `train.py` does, and taken to its end."""
-    trained = starting_model(config, directory, ranks)
     rng = np.random.default_rng(0)
-    vocabulary = trained.model.config.vocab_size
+    vocabulary = read_config(directory).vocab_size
     target_mask = np.arange(LENGTH) > 0
     examples = [
         Example(rng.integers(vocabulary, size=LENGTH), target_mask, number)
         for number in range(config.batch_size)
     ]
-    run = Run(
-        config,
-        ranks,
-        trained.model,
-        trained.shards,
-        ShardedAdamW(
-            trained.shards, config.optimizer, config.weight_decay, config.beta2, config.seed
-        ),
-        Mixture([Source("row", examples)], config.batch_size, config.seed),
-        reference=Reference(trained.shards, trained.stored, False) if config.l2 > 0 else None,
-    )
+    run = prepared_run(config, directory, [Source("row", examples)], None, directory, ranks)
+    run.checkpoints = None  # its copy is left out
     train(run)
     return run
 
@@ -195,8 +157,8 @@ def planned(case: str, directory: Path) -> tuple[int, str]:
 
 def save_shapes(directory: Path) -> None:
     """A random model of each shape."""
-    for name, shape in SHAPES.items():
-        raw = shape | {"max_position_embeddings": LENGTH, "torch_dtype": "float32"}
+    for name in SHAPES:
+        raw = config_of(name) | {"max_position_embeddings": LENGTH}
         model = build_model(parse_config(raw))
         with torch.no_grad():
             for parameter in model.parameters():

@@ -31,9 +31,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from models import columns, config_of
 from rich.console import Console
 from rich.table import Table
-from sampler import columns, config_of
 from train_gpu import gpu
 from train_parts import kl, l2, optimizer
 from train_runs import BATCH_SIZE, EXAMPLES, HEAD_VOCABULARY, HEAD_WIDTH, MODEL, ORDER

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from models import columns, config_of
 from rich.console import Console
-from sampler import columns, config_of
 
 from cfs.data.formats import make_example
 from cfs.data.mixture import Mixture, Source

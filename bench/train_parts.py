@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from models import columns, config_of
 from rich.console import Console
-from sampler import columns, config_of
 from train_runs import prepared
 
 from cfs.assets import TINYWORLD_DIR

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfs.errors import UserError
 from cfs.model.attention import (
     Route,
     choose_training_route,
@@ -117,15 +116,6 @@ def test_kernels_are_called_as_they_are_documented(
     ours = PackedBatch(lengths, CPU, route).attend(0, q, k, v)
     plain = plain_attention(q, k, v, document_mask(lengths))
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("route", ["flash", "varlen"])
-def test_a_route_that_is_not_there_is_refused(route: Route) -> None:
-    """Catches a silent fallback to another kernel than the one asked for."""
-    with pytest.raises(UserError, match=rf"--attention {route}: needs CUDA, not cpu; use"):
-        choose_training_route(route, CPU, torch.bfloat16)
-    reason = why_not_training(route, torch.device("cuda"), torch.float32)
-    assert reason == "needs bfloat16, not float32"
 
 
 def test_memory_does_not_grow_with_the_square_of_the_row() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -12,8 +14,10 @@ from cfs.model.attention import (
     Route,
     Span,
     choose_route,
+    choose_training_route,
     plain_attention,
     why_not,
+    why_not_training,
 )
 from cfs.model.config import parse_config
 from cfs.model.kv_cache import KVCache
@@ -75,9 +79,16 @@ def test_auto_takes_plain_torch_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize("route", ["flash", "varlen"])
-def test_a_route_that_is_not_there_is_refused(route: Route) -> None:
+@pytest.mark.parametrize(
+    ("choose", "reason_against"),
+    [(choose_route, why_not), (choose_training_route, why_not_training)],
+    ids=["decoding", "training"],
+)
+def test_a_route_that_is_not_there_is_refused(
+    route: Route, choose: Callable[..., Route], reason_against: Callable[..., str | None]
+) -> None:
     """Catches a silent fallback to another kernel than the one asked for."""
     with pytest.raises(UserError, match=rf"--attention {route}: needs CUDA, not cpu; use"):
-        choose_route(route, CPU, torch.bfloat16)
-    reason = why_not(route, torch.device("cuda"), torch.float32)
+        choose(route, CPU, torch.bfloat16)
+    reason = reason_against(route, torch.device("cuda"), torch.float32)
     assert reason == "needs bfloat16, not float32"
