@@ -15,6 +15,8 @@ import torch
 from models import columns, config_of
 from rich.console import Console
 
+from cfs.baselines import Setting
+from cfs.baselines.l2 import L2
 from cfs.data.formats import make_example
 from cfs.data.mixture import Mixture, Source
 from cfs.model import build_model
@@ -30,7 +32,7 @@ from cfs.train.parallel import (
     local_shards,
     shard,
 )
-from cfs.train.reference import Reference
+from cfs.train.reference import stored_rows
 from cfs.train.stopping import StopRequest
 
 STEP_TOKENS, WARM_UP_STEPS, STEPS = 2**17, 2, 4
@@ -134,6 +136,14 @@ def planned_gib(case: Case, config: TrainConfig, device: torch.device) -> float:
     return plan.peak / 2**30
 
 
+def penalty_towards(run: Run) -> L2:
+    """The l2 penalty towards where the run stands."""
+    anchors = stored_rows(run.shards, StartingPoint(run.shards))  # type: ignore[arg-type]
+    penalty = L2(l2=1e-2)
+    penalty.begin(Setting(run.shards, anchors, [], [], run.ranks.sum, run.config.steps))
+    return penalty
+
+
 def gpu(console: Console, compiled: bool = False) -> None:
     """Each case without the penalty towards theta*, then with it."""
     table = columns(
@@ -153,7 +163,7 @@ def gpu(console: Console, compiled: bool = False) -> None:
         for l2 in (0.0, 1e-2):
             run.config = replace(config, l2=l2)
             if l2:
-                run.reference = Reference(run.shards, StartingPoint(run.shards), on_host=False)  # type: ignore[arg-type]
+                run.methods = [penalty_towards(run)]
             torch.cuda.reset_peak_memory_stats(device)
             found = measured(run)
             table.add_row(

@@ -56,7 +56,11 @@ def parse(
     config_file = jsonargparse.ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
     parser.add_argument("--config", action=config_file, help="YAML file of the flags below")
     hints = typing.get_type_hints(config_class)
+    groups: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        group = field.metadata.get("group")
+        if group is not None and group not in groups:
+            groups[group] = parser.add_argument_group(f"options of {group}")
         shown = "" if field.default is None else f" [{field.default}]"
         hint = hints[field.name]
         kind: dict[str, Any] = {
@@ -65,9 +69,9 @@ def parse(
         }
         if hint is bool:
             kind, shown = {"action": "store_true"}, ""
-        if list[str] in (hint, *typing.get_args(hint)):
-            kind |= {"nargs": "+", "type": str}
-        parser.add_argument(
+        if (item := _list_item(hint)) is not None:
+            kind |= {"nargs": "+", "type": item}
+        (parser if group is None else groups[group]).add_argument(
             f"--{field.name.replace('_', '-')}",
             default=field.default,
             help=field.metadata["help"].replace("%", "%%") + shown,
@@ -110,7 +114,10 @@ def _file_first(arguments: list[str]) -> list[str]:
 def _one_line(message: str, hints: dict[str, Any]) -> str:
     """jsonargparse's many lines on a bad value as one: the flag, what it got, what it takes."""
     message = " ".join(message.split())
-    named = re.match(r'Parser key "(\w+)": ', message)
+    if message.endswith("object is not iterable"):  # all it says of a list's place in the file
+        lists = [f"--{n.replace('_', '-')}" for n, hint in hints.items() if _list_item(hint)]
+        return f"--config: {' or '.join(lists)} has no list in the file; expected one, as in [1, 2]"
+    named = re.match(r'Parser key "(\w+)"(?: element \d+)?: ', message)
     given = re.search(r"(?:Given value|Got value): (.*)$", message)
     if named is None:
         return message
@@ -118,6 +125,14 @@ def _one_line(message: str, hints: dict[str, Any]) -> str:
     if given is None or named[1] not in hints:
         return f"{flag}: {message[named.end() :]}"
     return f"{flag} {given[1]}: expected {_type_name(hints[named[1]])}"
+
+
+def _list_item(hint: Any) -> type[str] | type[float] | None:
+    """Type of the values of a flag that takes several, such as `list[float] | None`."""
+    for item in (str, float):
+        if list[item] in (hint, *typing.get_args(hint)):
+            return item
+    return None
 
 
 def _metavar(hint: Any) -> str | None:

@@ -33,7 +33,7 @@ def test_tinyworld_page_has_the_worlds_numbers() -> None:
     assert f"items of the {NUMBER_WORDS[len(world.OLD_SKILLS)]} old skills" in flat
     assert f"One key in {NUMBER_WORDS[world.HELD_OUT_SHARE]} is held out" in flat
     assert f"their {TEST_ITEMS} test items" in flat
-    for skill in [*world.OLD_SKILLS, f"{world.NEW_SKILL} (new)"]:
+    for skill in [*world.OLD_SKILLS, *(f"{name} (new)" for name in world.NEW_SKILLS)]:
         assert f"| {skill} |" in page
 
 

@@ -19,9 +19,11 @@ class Source:
     """What an example's number counts in: "train.jsonl row", "sample"."""
     examples: list[Example]
     synthetic: bool = False
-    """True for all-token samples of the base model, False for task examples."""
+    """True for what a method mixes in, such as samples of the base; False for task examples."""
     per_epoch: int | None = None
     """None for all of them, once each."""
+    weights: np.ndarray | None = None
+    """(len(examples),) float, what each counts in the loss; None for 1 each."""
 
     @property
     def num_draws(self) -> int:
@@ -34,8 +36,10 @@ class Draw:
 
     example: Example
     synthetic: bool
-    """True for an all-token sample of the base model, False for a task example."""
+    """True for what a method mixes in, False for a task example."""
     source: str = "example"
+    weight: float = 1.0
+    """What each of its targets counts in the loss, times its source's weight."""
 
     @property
     def id(self) -> str:
@@ -82,8 +86,9 @@ class Mixture:
         slot = int(_permutation((self.seed, epoch), len(self))[offset])
         for number, source in enumerate(self.sources):
             if slot < source.num_draws:
-                example = source.examples[self._place(number, source, epoch, slot)]
-                return Draw(example, source.synthetic, source.name)
+                place = self._place(number, source, epoch, slot)
+                weight = 1.0 if source.weights is None else float(source.weights[place])
+                return Draw(source.examples[place], source.synthetic, source.name, weight)
             slot -= source.num_draws
         raise AssertionError("a slot lies in one of the sources")
 

@@ -22,7 +22,8 @@ class MicroBatch:
     input_ids    (1, T) int64; (B, T) and 0 where padded
     target_mask  (1, T) bool; (B, T) and False where padded; never at a document's first token,
                  so that a shift by one position takes no target into its neighbour
-    synthetic    (N,) bool, for each target in row-major order: is it of a synthetic sample?
+    synthetic    (N,) bool, for each target in row-major order: was its example mixed in?
+    weights      (N,) float32, what it counts in the loss besides; None for 1 each
     lengths      positions of each document, in order; empty where each has a row of its own
     draw_ids     place of each document in the global batch; empty for a filler without targets
     """
@@ -32,6 +33,7 @@ class MicroBatch:
     synthetic: Tensor
     lengths: list[int]
     draw_ids: list[int]
+    weights: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -53,6 +55,7 @@ class MicroBatch:
             input_ids=self.input_ids.to(device),
             target_mask=self.target_mask.to(device),
             synthetic=self.synthetic.to(device),
+            weights=None if self.weights is None else self.weights.to(device),
         )
 
 
@@ -113,6 +116,7 @@ def packed_batch(draws: list[Draw], ids: list[int], targets: bool = True) -> Mic
         torch.from_numpy(synthetic[target_mask]),
         lengths,
         list(ids) if targets else [],
+        _target_weights(rows, target_mask, lengths),
     )
 
 
@@ -133,4 +137,13 @@ def padded_batch(draws: list[Draw], ids: list[int]) -> MicroBatch:
         torch.from_numpy(synthetic),
         [],
         list(ids),
+        _target_weights(rows, target_mask, [shape[1]] * len(rows)),
     )
+
+
+def _target_weights(rows: list[Draw], target_mask: np.ndarray, lengths: list[int]) -> Tensor | None:
+    """Each target's weight, in row-major order; `lengths` are positions of each row's draw."""
+    if all(draw.weight == 1.0 for draw in rows):
+        return None
+    weights = np.repeat(np.array([d.weight for d in rows], dtype=np.float32), lengths)
+    return torch.from_numpy(weights[target_mask.flatten()])

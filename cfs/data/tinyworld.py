@@ -1,9 +1,10 @@
 """TinyWorld: a small invented world as English text, drawn by a seeded generator.
 
 The world has people with facts about them and seven old skills: recalling a fact, continuing a
-sequence, comparing numbers, sums, copying, reversing and sorting. The new skill, word problems
-with worked answers, is in no pretraining document. Items whose key hashes into the held-out share
-are test items and are drawn again when the generator meets them for training.
+sequence, comparing numbers, sums, copying, reversing and sorting. The new skills are in no
+pretraining document: word problems with worked answers, and, for learning one task after another,
+numbering and rotating lists. Items whose key hashes into the held-out share are test items and are
+drawn again when the generator meets them for training.
 
 `python -m cfs.data.tinyworld_build` writes the tokenizer, the model config and the skills'
 test items that the package ships (docs/tinyworld.md).
@@ -147,7 +148,7 @@ def sort(rng: random.Random) -> Item:
 
 
 def word_problem(rng: random.Random) -> Item:
-    """The new skill: two changes to a number of things, with the sums worked out."""
+    """A new skill: two changes to a number of things, with the sums worked out."""
     name, friend = rng.sample(FIRST_NAMES, 2)
     things = rng.choice(PROBLEM_OBJECTS)
     total = rng.randint(30, 70)
@@ -168,6 +169,20 @@ def word_problem(rng: random.Random) -> Item:
         f"Problem: {_join(story)} How many {things} now? Answer:",
         f"{_join(working)} The answer is {total}.",
     )
+
+
+def number(rng: random.Random) -> Item:
+    """A new skill: a list of words, each with its place before it."""
+    words = rng.choices(OBJECTS, k=rng.randint(3, 7))  # places of one digit, so one token each
+    return Item(
+        f"Number: {_join(words)} =", _join(f"{i} {word}" for i, word in enumerate(words, 1))
+    )
+
+
+def rotate(rng: random.Random) -> Item:
+    """A new skill: a list of words whose first goes to the end."""
+    words = rng.choices(OBJECTS, k=rng.randint(3, 6))
+    return Item(f"Rotate: {_join(words)} =", _join([*words[1:], words[0]]))
 
 
 # Verbs by which a number of things grows or shrinks, and how a word problem says so.
@@ -191,7 +206,13 @@ OLD_SKILLS: dict[str, Callable[[random.Random], Item]] = {
     "reverse": reverse,
     "sort": sort,
 }
+NEW_SKILLS: dict[str, Callable[[random.Random], Item]] = {
+    "word_problem": word_problem,
+    "number": number,
+    "rotate": rotate,
+}
 NEW_SKILL = "word_problem"
+"""What fine-tuning teaches where no other new skill is asked for."""
 
 # Test lists are of all lengths alike, so that the long ones, rare in training, count; and where
 # the base makes no mistake within its training's range, the tests reach a little beyond it.
@@ -225,17 +246,18 @@ def pretraining_documents(num_documents: int, seed: int) -> Iterator[str]:
             yield draw(OLD_SKILLS[kind], rng, held_out=False).text
 
 
-def task_items(num_items: int, seed: int) -> Iterator[Item]:
-    """Training items of the new skill; no test item is among them."""
-    rng = random.Random(f"task {seed}")
+def task_items(num_items: int, seed: int, skill: str = NEW_SKILL) -> Iterator[Item]:
+    """Training items of a new skill; no test item is among them."""
+    # The default skill's seed has no name in it: the shipped tokenizer was trained on those items.
+    rng = random.Random(f"task {seed}" if skill == NEW_SKILL else f"task {skill} {seed}")
     for _ in range(num_items):
-        yield draw(word_problem, rng, held_out=False)
+        yield draw(NEW_SKILLS[skill], rng, held_out=False)
 
 
 def test_items(skill: str, num_items: int) -> list[Item]:
-    """Distinct held-out items of an old skill or of the new one."""
+    """Distinct held-out items of an old skill or of a new one."""
     rng = random.Random(f"test {skill}")
-    make = partial({**OLD_SKILLS, NEW_SKILL: word_problem}[skill], **TEST_RANGES.get(skill, {}))
+    make = partial({**OLD_SKILLS, **NEW_SKILLS}[skill], **TEST_RANGES.get(skill, {}))
     items: dict[str, Item] = {}
     for _ in range(100 * num_items):
         item = draw(make, rng, held_out=True)

@@ -9,6 +9,7 @@ Deterministic; run again it writes the same files. The base's weights come from
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import tokenizers
@@ -37,6 +38,9 @@ MODEL_CONFIG = {
     "bos_token_id": None,
     "torch_dtype": "float32",
 }
+
+FINAL_ANSWER = r"The answer is (-?\d+)\."
+"""What is scored of a worked answer."""
 
 CHOICE_TASK = """task: tinyworld_{name}
 dataset_path: json
@@ -119,22 +123,21 @@ def write_model_files(directory: Path) -> None:
 def write_tasks(directory: Path) -> None:
     """An lm-eval task file and its test items for every skill."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name in (*tinyworld.OLD_SKILLS, tinyworld.NEW_SKILL):
+    for name in (*tinyworld.OLD_SKILLS, *tinyworld.NEW_SKILLS):
         items = tinyworld.test_items(name, TEST_ITEMS)
         rows = []
         for item in items:
             row: dict[str, object] = {"prompt": item.prompt, "answer": item.answer}
             if item.choices:
                 row["choices"] = list(item.choices)
-            if name == tinyworld.NEW_SKILL:
-                row["final"] = item.answer.removesuffix(".").split()[-1]
+            if final := re.search(FINAL_ANSWER, item.answer):
+                row["final"] = final[1]
             rows.append(json.dumps(row))
         (directory / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
         if items[0].choices:
             task = CHOICE_TASK.format(name=name)
-        elif name == tinyworld.NEW_SKILL:
-            pattern = r"The answer is (-?\d+)\."
-            task = GENERATION_TASK.format(name=name, target="final", pattern=pattern)
+        elif re.search(FINAL_ANSWER, items[0].answer):
+            task = GENERATION_TASK.format(name=name, target="final", pattern=FINAL_ANSWER)
         else:
             task = GENERATION_TASK.format(name=name, target="answer", pattern=r"^\s*(.*)$")
         (directory / f"{name}.yaml").write_text(task, encoding="utf-8")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         table.add_row(label, *(_percent(score[key]) for key in ("base", "tuned", "se")))
     if summary["skills"]:
         console.print(table)
+    if "sweep" in summary:
+        _print_sweep(summary, console)
     if summary["kl_nats"] is not None:
         console.print(
             f"KL(base || tuned) = {summary['kl_nats']:.3f} ± {summary['kl_se']:.3f} nats per "
@@ -49,6 +52,37 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _print_sweep(summary: dict[str, Any], console: Console) -> None:
+    """A line for each model of a sweep; the first is the run's own."""
+    table = Table(title="each model", title_justify="left")
+    for column in ("model", "new (%)", "mean of old (%)", "KL (nats)"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for variant, found in summary["sweep"].items():
+        shares = {name: score["tuned"] for name, score in found["skills"].items()}
+        new = [share for name, share in shares.items() if name in summary["new_skills"]]
+        old = [share for name, share in shares.items() if name not in summary["new_skills"]]
+        means = [_percent(float(np.mean(part))) if part else "" for part in (new, old)]
+        kl = "" if found["kl_nats"] is None else f"{found['kl_nats']:.3f} ± {found['kl_se']:.3f}"
+        table.add_row(variant, *means, kl)
+    console.print(table)
+
+
+def print_methods(methods: Mapping[str, Any], console: Console | None = None) -> None:
+    """Every method with a line on each; they are `cfs.baselines.METHODS`."""
+    console = console or Console()
+    table = Table(title="Methods of train.py --method", title_justify="left", box=None)
+    table.add_column("name", no_wrap=True)
+    table.add_column("what it does")
+    for name, method in methods.items():
+        table.add_row(name, f"{method.summary} ({method.source})")
+    console.print(table)
+    console.print(
+        "\nThose that go together are joined by '+', such as l2+cfs. train.py --help has the options "
+        "of each, docs/methods.md formula, settings and cost.",
+        highlight=False,
+    )
 
 
 def plot_training(metrics_file: Path, out: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import jinja2
 import numpy as np
 import yaml
 
+from cfs.data import tinyworld
 from cfs.data.formats import make_example
 from cfs.data.tokenizer import Tokenizer
 from cfs.model import Decoder
@@ -40,6 +42,10 @@ class Task:
     config: dict[str, Any]
     docs: list[dict[str, Any]]
 
+    @property
+    def skill(self) -> str:
+        return self.name.removeprefix(TASK_PREFIX)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -56,11 +62,23 @@ class Score:
         return cls(accuracy, se, len(correct))
 
 
-def load_tasks(directory: Path = TINYWORLD_TASKS) -> list[Task]:
-    """Every task file of a directory; the data files lie beside it."""
+def load_tasks(
+    directory: Path = TINYWORLD_TASKS, new_skills: Collection[str] = (tinyworld.NEW_SKILL,)
+) -> list[Task]:
+    """The task files of a directory, but for new skills that are not asked for.
+
+    new_skills  of `tinyworld.NEW_SKILLS`, those to score beside whatever else the directory has
+
+    A task's data file lies beside it.
+    """
+    unknown = set(new_skills) - tinyworld.NEW_SKILLS.keys()
+    assert not unknown, f"new skills {unknown}: not in tinyworld.NEW_SKILLS"
+    others = tinyworld.NEW_SKILLS.keys() - set(new_skills)
     tasks = []
     for file in sorted(directory.glob("*.yaml")):
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if config["task"].removeprefix(TASK_PREFIX) in others:
+            continue
         data = directory / config["dataset_kwargs"]["data_files"]["test"]
         docs = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
         tasks.append(Task(config["task"], config, docs))
@@ -81,9 +99,8 @@ def score_tasks(
                 correct = _score_choices(model, tokenizer, task, docs, alone)
             else:
                 correct = _score_generations(model, tokenizer, task, docs)
-            name = task.name.removeprefix(TASK_PREFIX)
-            scores[name] = Score.of(correct)
-            bar.advance(1, f"{name} {scores[name].accuracy:.1%}")
+            scores[task.skill] = Score.of(correct)
+            bar.advance(1, f"{task.skill} {scores[task.skill].accuracy:.1%}")
     gathered = {name: s for part in ranks.gather(scores) for name, s in part.items()}
     return {name: gathered[name] for name in sorted(gathered)}
 

@@ -8,6 +8,7 @@ Shapes: B rows, T positions, D model width, V vocabulary, N targets.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ class Decoder(nn.Module):
         target_mask: Tensor | None = None,
         context: AttentionContext | None = None,
         grad_hint: Tensor | None = None,
-    ) -> Tensor:
+        head: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
+    ) -> Any:
         """Logits, or with `target_mask` the log-probability of each marked token.
 
         input_ids   (B, T) int64; rows start at position 0 unless `context` says otherwise
@@ -73,21 +75,25 @@ class Decoder(nn.Module):
                     row or document, which nothing predicts
         grad_hint   (N,) float32, the gradient that the log-probabilities will get, where it is
                     known (`chunked_logprobs`)
+        head        computes something else at the targets: called with what predicts them, the
+                    final hidden states (N, D), with the head's weight (V, D), and with their ids
+                    (N,) int64. A loss that needs more than log p gets at the weight here, where
+                    FSDP has gathered it; after the forward pass its storage may be freed
 
         Returns (B, T, V) logits in the model's dtype, or (N,) float32 log p(x_t | x_<t) in nats
         for the N True entries of `target_mask` in row-major order. Only those positions reach
-        the head.
+        the head. With `head` what that returns, tensors or a tuple of them.
         """
         hidden = self.hidden_states(input_ids, context or CausalBatch(*_span(input_ids)))
         if target_mask is None:
+            assert head is None, "a head of one's own needs targets"
             return self.logits(hidden)
         places = target_mask.flatten().nonzero().squeeze(1)
-        return chunked_logprobs(
-            hidden.flatten(0, 1).index_select(0, places - 1),
-            self.head_weight,
-            input_ids.flatten()[places],
-            grad_hint=grad_hint,
-        )
+        predictors = hidden.flatten(0, 1).index_select(0, places - 1)
+        targets = input_ids.flatten()[places]
+        if head is not None:
+            return head(predictors, self.head_weight, targets)
+        return chunked_logprobs(predictors, self.head_weight, targets, grad_hint=grad_hint)
 
     def hidden_states(self, input_ids: Tensor, context: AttentionContext) -> Tensor:
         """(B, T) int64 -> (B, T, D) after the final norm."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from cfs.assets import TINYWORLD_DIR
+from cfs.baselines import METHODS, Method, Mix, combined, parsed
 from cfs.cli import option
+from cfs.data import tinyworld
 from cfs.data.formats import FORMATS
 from cfs.errors import UserError
 from cfs.model.attention import TRAINING_ATTENTION_HELP
-from cfs.train.methods import METHODS, Method
-
-PAPER_SAMPLING = (1.0, 0.95)
-"""Temperature and top-p of context-free samples (section 3)."""
 
 LARGEST_BATCH = 2**17
 """Examples of a step, of which every rank makes a list."""
@@ -70,34 +68,80 @@ def _depends(name: str, meaning: str) -> Any:
     return option(None, f"{meaning} [{checkpoint if checkpoint == world == pretrain else said}]")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Flags of `train.py`, in kebab-case there.
+def _method_fields() -> list[tuple[str, Any, Any]]:
+    """Every option of every method, None by default: what its method says, where that takes part.
 
-    A field that defaults to None though its type has no None depends on the model, the data or
-    the device: `resolved` and `counted` put it in place before anything else reads it.
+    A method's options stand in its own file, beside the formula that they are of.
+    """
+    found = []
+    for method in METHODS.values():
+        hints = get_type_hints(method)
+        for its in method.options():
+            shown = "" if its.default is None else f" [{its.default}]"
+            meaning = its.metadata["help"] + shown
+            facts = {"help": meaning, "metavar": its.metadata["metavar"], "group": method.name}
+            found.append((its.name, hints[its.name] | None, field(default=None, metadata=facts)))
+    return found
+
+
+if TYPE_CHECKING:
+
+    @dataclass(frozen=True)
+    class _MethodOptions:
+        """Read through `TrainConfig.methods`, whose types are known, and not by name."""
+else:
+    _MethodOptions = make_dataclass("_MethodOptions", _method_fields(), frozen=True)
+
+
+@dataclass(frozen=True)
+class TrainConfig(_MethodOptions):
+    """Flags of `train.py`, in kebab-case there; those of the methods are in `cfs/baselines/`.
+
+    A field that defaults to None though its type has no None depends on the model, the data, the
+    device or the method: `resolved` and `counted` put it in place before anything else reads it.
     """
 
-    method: str = option("cfs", "training method: " + ", ".join(METHODS))
+    method: str = option(
+        "cfs", "training method, or several joined by '+' (--list-methods): " + ", ".join(METHODS)
+    )
+    list_methods: bool = option(False, "print the methods with a line on each, and stop")
     model: str = option(None, "model directory or hub name; default: embedded TinyWorld")
     data: str | None = option(None, "fine-tuning data, JSONL or parquet; default: TinyWorld's")
     format: str | None = option(None, "of --data, and needed with it: " + ", ".join(FORMATS))
     interleave: list[str] | None = option(  # noqa: RUF009 (it makes a field)
         None, "several task files instead of --data, and their shares", "FILE:FORMAT=WEIGHT"
     )
+    skill: str = option(
+        tinyworld.NEW_SKILL,
+        "what TinyWorld's task teaches: " + ", ".join(tinyworld.NEW_SKILLS),
+    )
+    score_skills: list[str] | None = option(  # noqa: RUF009
+        None, "further new skills of TinyWorld to score, beside the old ones and --skill", "NAME"
+    )
+    stages: list[str] | None = option(  # noqa: RUF009
+        None, "YAML files of flags, one a task: fine-tune on each in turn", "FILE"
+    )
+    tuned: list[str] | None = option(  # noqa: RUF009
+        None,
+        "models that fine-tuning gave, for the methods that need one; default: trained first",
+        "DIR",
+    )
     out: str | None = option(None, "run directory; default: the next free one under runs/")
     resume: bool = option(False, "go on with the run in --out, or begin it there")
 
     synthetic: str | None = option(None, "corpus from generate.py; default: drawn and cached")
     corpora: str = option("runs/corpora", "where drawn corpora are kept and found again")
-    synthetic_ratio: float = option(1.0, "synthetic samples per task example (Table 4)")
-    temperature: float = option(PAPER_SAMPLING[0], "sampling temperature of the corpus")
-    top_p: float = option(PAPER_SAMPLING[1], "nucleus probability of the corpus")
-    lam: float = option(1.0, "weight of the synthetic term")
+    synthetic_ratio: float = option(1.0, "examples mixed in per task example (Table 4)")
+    temperature: float = option(
+        None, "sampling temperature of what is mixed in [cfs 1.0, cs 0.6, ssr 0.9]"
+    )
+    top_p: float = option(
+        None, "nucleus probability of what is mixed in [cfs 0.95, cs 0.95, ssr 0.6]"
+    )
+    lam: float = option(1.0, "weight of the examples mixed in")
     normalize: Literal["pooled", "source"] = option(
         "pooled", "divide by all targets, or each source by its own"
     )
-    l2: float = option(0.0, "weight of ||theta - theta*||^2 (Table 10)")
 
     steps: int = _depends("steps", "gradient steps, instead of --epochs")
     epochs: float | None = _depends("epochs", "passes over the task data alone")
@@ -117,7 +161,9 @@ class TrainConfig:
     stop_after: int | None = option(
         None, "save and stop after this step, as SIGTERM does; --resume goes on", "STEP"
     )
-    kl_samples: int = option(512, "held-out samples, drawn at temperature 1 and top-p 1")
+    kl_samples: int = option(
+        512, "held-out samples, drawn at temperature 1 and top-p 1; 0 estimates no KL"
+    )
     kl_every: int = option(None, "steps between KL estimates; default: a tenth of the run")
     skill_items: int = option(200, "test items per skill at the end (TinyWorld)")
     tensorboard: bool = option(False, "write the metrics for TensorBoard too, into the run")
@@ -140,32 +186,16 @@ class TrainConfig:
     shard_ranks: int | None = option(
         None, "ranks that hold one copy of the model; fewer than all: hybrid sharding [all]"
     )
-    offload_reference: bool = option(False, "keep theta* of --l2 in host memory")
+    offload_reference: bool = option(
+        False, "keep the shards of theta* that a method needs in host memory"
+    )
     plan: bool = option(False, "print the memory that a rank needs, and stop")
     plan_ranks: int | None = option(None, "ranks to plan for; default: those of this run")
     plan_gib: float | None = option(None, "memory of one rank's device; default: this machine's")
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"--method {self.method!r} is unknown; known: {', '.join(METHODS)}")
-        _require(self, "kl_samples", self.kl_samples >= 2, "at least 2, for a standard error")
-        _require(self, "skill_items", self.skill_items >= 1, "at least 1")
-        for name in AT_LEAST_ONE:
-            _require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, ">= 1")
-        too_many = self.batch_size is not None and self.batch_size > LARGEST_BATCH
-        _require(self, "batch_size", not too_many, f"at most {LARGEST_BATCH:,}")
-        _require(self, "beta2", self.beta2 is None or 0 < self.beta2 < 1, "in (0, 1)")
-        _require(self, "max_length", self.max_length is None or self.max_length >= 2, ">= 2")
-        _require(self, "epochs", self.epochs is None or self.epochs > 0, "above 0")
-        _require(self, "lr", self.lr is None or self.lr > 0, "above 0")
-        _require(self, "synthetic_ratio", self.synthetic_ratio > 0, "above 0 (without: ft)")
-        _require(self, "temperature", self.temperature > 0, "above 0")
-        _require(self, "top_p", 0 < self.top_p <= 1, "in (0, 1]")
-        _require(self, "warmup", 0 <= self.warmup < 1, "in [0, 1)")
-        for name in ("lam", "l2", "weight_decay", "clip"):
-            _require(self, name, getattr(self, name) >= 0, "0 or more")
-        _require(self, "seed", 0 <= self.seed < 2**32, "in [0, 2^32)")
-        _require(self, "plan_gib", self.plan_gib is None or self.plan_gib > 0, "above 0")
+        self._check_values()
+        self._check_method()
         if (self.data is None) != (self.format is None):
             raise UserError("--data and --format go together; see --help for the formats")
         if self.interleave is not None and self.data is not None:
@@ -174,16 +204,92 @@ class TrainConfig:
             raise UserError("--resume: needs --out, the directory of the run")
         if self.steps is not None and self.epochs is not None:
             raise UserError(f"--steps {self.steps} and --epochs {self.epochs}: give one of them")
-        if self.synthetic is not None and not self.method_spec.uses_synthetic:
-            raise UserError(f"--synthetic: --method {self.method} mixes no samples in")
-        if self.synthetic is not None and (self.temperature, self.top_p) != PAPER_SAMPLING:
+        if self.from_scratch and self.epochs is not None and self.on_tinyworld_data:
+            raise UserError("--epochs: TinyWorld's pretraining text has no end; give --steps")
+
+    def _check_values(self) -> None:
+        is_enough = self.kl_samples == 0 or self.kl_samples >= 2
+        _require(self, "kl_samples", is_enough, "at least 2, for a standard error, or 0 for no KL")
+        _require(self, "skill_items", self.skill_items >= 1, "at least 1")
+        for name in AT_LEAST_ONE:
+            _require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, ">= 1")
+        too_many = self.batch_size is not None and self.batch_size > LARGEST_BATCH
+        _require(self, "batch_size", not too_many, f"at most {LARGEST_BATCH:,}")
+        _require(self, "beta2", self.beta2 is None or 0 < self.beta2 < 1, "in (0, 1)")
+        _require(self, "max_length", self.max_length is None or self.max_length >= 2, ">= 2")
+        for name in ("epochs", "lr", "temperature", "plan_gib"):
+            _require(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
+        _require(self, "synthetic_ratio", self.synthetic_ratio > 0, "above 0 (without: ft)")
+        _require(self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]")
+        _require(self, "warmup", 0 <= self.warmup < 1, "in [0, 1)")
+        for name in ("lam", "weight_decay", "clip"):
+            _require(self, name, getattr(self, name) >= 0, "0 or more")
+        _require(self, "seed", 0 <= self.seed < 2**32, "in [0, 2^32)")
+        known = ", ".join(tinyworld.NEW_SKILLS)
+        _require(self, "skill", self.skill in tinyworld.NEW_SKILLS, f"one of {known}")
+        are_known = set(self.score_skills or []) <= tinyworld.NEW_SKILLS.keys()
+        _require(self, "score_skills", are_known, f"some of {known}")
+
+    def _check_method(self) -> None:
+        active = {method.name for method in self.methods}
+        for other in METHODS.values():
+            for its in other.options() if other.name not in active else []:
+                value = getattr(self, its.name)
+                if value is not None and not (its.name == "l2" and value == 0):
+                    flag, joined = its.name.replace("_", "-"), f"{self.method}+{other.name}"
+                    raise UserError(
+                        f"--{flag} {value}: --method {self.method} has no {other.name}; leave the "
+                        f"flag out, or use --method {joined}"
+                    )
+        sampled = [mix for mix in self.mixes if mix.temperature is not None]
+        for name in ("synthetic", "temperature", "top_p"):
+            if getattr(self, name) is not None and len(sampled) != 1:
+                what = "mixes no samples in" if not sampled else "mixes several kinds of samples in"
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag}: --method {self.method} {what}; leave it out")
+        if self.synthetic is not None and (self.temperature, self.top_p) != (None, None):
             raise UserError(
                 "--synthetic: the corpus is drawn; --temperature and --top-p are its own"
             )
-        if self.method_spec.from_scratch and self.epochs is not None and self.on_tinyworld_data:
-            raise UserError("--epochs: TinyWorld's pretraining text has no end; give --steps")
-        if self.method_spec.from_scratch and self.l2 > 0:
-            raise UserError(f"--l2 {self.l2}: --method {self.method} has no theta* to stay near")
+        needy = [method for method in self.methods if method.needs_tuned]
+        if self.tuned is not None and not needy:
+            raise UserError(f"--tuned: --method {self.method} needs no other model; leave it out")
+        if self.tuned is not None and len(self.tuned) > 1 and not needy[0].takes_several:
+            raise UserError(
+                f"--tuned: {len(self.tuned)} models; {needy[0].name} takes one (task-arithmetic "
+                "takes several)"
+            )
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods that take part, with their options, made anew: they may keep what they need.
+
+        `--l2` alone adds the l2 penalty to any of them.
+        """
+        options = {
+            its.name: getattr(self, its.name) for m in METHODS.values() for its in m.options()
+        }
+        is_added = bool(options["l2"]) and "l2" not in self.method.split("+")
+        return combined(self.method + ("+l2" if is_added else ""), options)
+
+    def method_option(self, name: str) -> Any:
+        """A method's option by its name; None where it says nothing."""
+        return getattr(self, name)
+
+    @property
+    def from_scratch(self) -> bool:
+        """Does the run start from random weights?"""
+        return any(method.from_scratch for method in parsed(self.method))
+
+    @property
+    def scored_skills(self) -> list[str]:
+        """New skills of TinyWorld that are scored beside the old ones."""
+        return list(dict.fromkeys([self.skill, *(self.score_skills or [])]))
+
+    @property
+    def mixes(self) -> list[Mix]:
+        """What stands beside the task's examples."""
+        return [method.mix for method in parsed(self.method) if method.mix is not None]
 
     @property
     def on_embedded_model(self) -> bool:
@@ -195,10 +301,6 @@ class TrainConfig:
         """Is the task TinyWorld's new skill, so that its skills can be scored?"""
         return self.data is None and self.interleave is None
 
-    @property
-    def method_spec(self) -> Method:
-        return METHODS[self.method]
-
     def resolved(self, device_type: str, context: int) -> TrainConfig:
         """With every default in place but those that the number of examples decides.
 
@@ -206,8 +308,7 @@ class TrainConfig:
         """
         defaults = CHECKPOINT_DEFAULTS
         if self.on_embedded_model:
-            scratch = self.method_spec.from_scratch
-            defaults = PRETRAIN_DEFAULTS if scratch else TINYWORLD_DEFAULTS
+            defaults = PRETRAIN_DEFAULTS if self.from_scratch else TINYWORLD_DEFAULTS
         values = {name: v for name, v in defaults.items() if getattr(self, name) is None}
         if self.steps is not None or self.epochs is not None:
             values = {name: v for name, v in values.items() if name not in ("steps", "epochs")}
@@ -217,6 +318,8 @@ class TrainConfig:
             values["max_length"] = min(values["max_length"], context)
         elif self.max_length > context:
             raise UserError(f"--max-length {self.max_length}: the model's context is {context}")
+        for method in self.methods:
+            values |= {its.name: getattr(method, its.name) for its in method.options()}
         return replace(self, model=self.model or str(TINYWORLD_DIR), **values)
 
     def counted(self, num_task_examples: int) -> TrainConfig:

@@ -93,6 +93,10 @@ class EightBitMoments:
             weight_decay=weight_decay,
         )
 
+    def mean(self) -> Tensor:
+        """As `FloatMoments.mean`; a copy, as the codes say it."""
+        return self._moments["exp_avg"].values(self.span)
+
     def tensors(self) -> dict[str, Tensor]:
         """As `FloatMoments.tensors`; the scales' keys end in the shard whose blocks they are of."""
         shard = self._shard
@@ -148,6 +152,12 @@ class _Quantized:
         self.codes = zeros_like_rows(shard, torch.uint8)
         self.absmax = code_map.new_zeros(num_blocks(span))
         self.code_map = code_map
+
+    def values(self, span: range) -> Tensor:
+        """(elements of `span`,) float32, what the codes of the rank's elements stand for."""
+        starts, stops = block_edges(span)
+        scales = self.absmax.repeat_interleave((stops - starts).to(self.absmax.device))
+        return self.code_map[self.codes.view(-1).int()] * scales
 
     def take(self, old_absmax: Tensor, old_spans: list[range], span: range) -> None:
         """Give the codes, as the blocks of other spans have scaled them, blocks of their own.

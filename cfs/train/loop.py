@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from cfs.baselines import Method
 from cfs.data.mixture import Draw, Mixture
 from cfs.data.packing import micro_batches
 from cfs.errors import MainRankError, NonFiniteError
@@ -20,11 +21,10 @@ from cfs.ranks import Ranks
 from cfs.train.checkpoint import Checkpoints
 from cfs.train.config import TrainConfig
 from cfs.train.kl import HeldOutSamples, KLEstimate, estimate_kl, sequence_logprobs
-from cfs.train.loss import SourceWeights, TargetCounts, micro_batch_loss
+from cfs.train.loss import Distillation, SourceWeights, TargetCounts, micro_batch_loss
 from cfs.train.metrics import MetricsLog, clocked_metrics
 from cfs.train.optim import ShardedAdamW, cosine_lr
 from cfs.train.parallel import LocalShard
-from cfs.train.reference import Reference
 from cfs.train.stopping import StopRequest, listening
 
 
@@ -54,7 +54,8 @@ class Run:
     shards     this rank's part of its parameters
     held_out   samples of theta* for the KL, estimated before the first step, every
                `config.kl_every` steps and after the last
-    reference  theta*, where a penalty needs it
+    methods    what differs from plain fine-tuning; they have begun
+    distillation  theta* as a teacher, where a method needs it
     metrics, checkpoints   None: nothing is written
     result_dtype  of the model that the run writes in the end
     """
@@ -66,7 +67,8 @@ class Run:
     optimizer: ShardedAdamW
     mixture: Mixture
     held_out: HeldOutSamples | None = None
-    reference: Reference | None = None
+    methods: list[Method] = field(default_factory=list)
+    distillation: Distillation | None = None
     metrics: MetricsLog | None = None
     checkpoints: Checkpoints | None = None
     progress: Progress = field(default_factory=Progress)
@@ -121,33 +123,41 @@ def take_step(run: Run, step: int, request: StopRequest) -> tuple[dict[str, Any]
     draws = run.mixture.batch(step)
     counts = TargetCounts.of(draws)
     weights = SourceWeights.of(counts, config.lam, config.normalize)
-    sums = torch.zeros(6, dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(7, dtype=torch.float64, device=ranks.device)
     for batch in micro_batches(draws, config.micro_batch_tokens, ranks.rank, ranks.world_size):
         # FSDP averages gradients over ranks; the loss is a sum over them.
-        loss, nll_task, nll_synthetic = micro_batch_loss(
-            run.model, batch.to(ranks.device), weights, scale=ranks.world_size
+        terms = micro_batch_loss(
+            run.model, batch.to(ranks.device), weights, ranks.world_size, run.distillation
         )
-        loss.backward()
-        sums[:2] += torch.stack((nll_task, nll_synthetic))
+        terms.loss.backward()
+        sums[:4] += torch.stack([term.detach() for term in terms])
 
     # Ranks hold `copies` equal copies of the model's shards; what is summed over shards counts
     # each of them.
     copies = ranks.world_size // run.shards[0].num_shards
-    if run.reference is not None:
-        sums[2] = run.reference.add_l2(config.l2) / copies
-    sums[3] = squared_grad_norm(run.shards) / copies
-    sums[4], sums[5] = request.is_made, run.checkpoints is not None and run.checkpoints.failed
-    nll_task, nll_synthetic, distance, squared_norm, wishes, failures = ranks.sum(sums).tolist()
+    penalties = {method.name: method.before_step(step) for method in run.methods}
+    penalties = {name: value / copies for name, value in penalties.items() if value is not None}
+    sums[4] = squared_grad_norm(run.shards) / copies
+    sums[5], sums[6] = request.is_made, run.checkpoints is not None and run.checkpoints.failed
+    sums = ranks.sum(torch.cat((sums, *(value.view(1) for value in penalties.values()))))
+    loss, nll_task, nll_synthetic, kl_task, squared_norm, wishes, failures, *added = sums.tolist()
     if failures and run.checkpoints is not None:
         run.checkpoints.finish()  # raises on every rank what one of them met
 
     grad_norm = math.sqrt(squared_norm)
-    loss = weights.task * nll_task + weights.synthetic * nll_synthetic + config.l2 * distance
+    loss = loss / ranks.world_size + sum(added)
     if not math.isfinite(loss + grad_norm):
         refuse_step(run, draws, loss, grad_norm)
     lr = cosine_lr(step, config.steps, config.lr, config.warmup)
     too_long = config.clip > 0 and grad_norm > config.clip
-    run.optimizer.step(lr, step, scale=config.clip / grad_norm if too_long else 1.0)
+    run.optimizer.step(
+        lr,
+        step,
+        scale=config.clip / grad_norm if too_long else 1.0,
+        after_update=[method.after_update for method in run.methods if method.filters],
+    )
+    for method in run.methods:
+        method.after_step(step)
 
     run.progress.targets_task += counts.task
     run.progress.targets_synthetic += counts.synthetic
@@ -156,12 +166,14 @@ def take_step(run: Run, step: int, request: StopRequest) -> tuple[dict[str, Any]
         "loss": loss,
         "nll_task": nll_task / counts.task if counts.task else None,
         "nll_synthetic": nll_synthetic / counts.synthetic if counts.synthetic else None,
-        "l2_penalty": config.l2 * distance if run.reference is not None else None,
         "targets_task": counts.task,
         "targets_synthetic": counts.synthetic,
         "grad_norm": grad_norm,
         "lr": lr,
     }
+    metrics |= {f"{name}_penalty": value for name, value in zip(penalties, added, strict=True)}
+    if run.distillation is not None:
+        metrics["kl_task"] = kl_task / counts.task if counts.task else None
     seconds = time.monotonic() - started
     metrics |= clocked_metrics(run.model, draws, seconds, ranks)
     return metrics, wishes > 0
@@ -174,6 +186,8 @@ def squared_grad_norm(shards: list[LocalShard]) -> torch.Tensor:
         for shard in shards
         if shard.grad is not None
     ]
+    if not norms:  # a method has taken the gradients for its own
+        return torch.zeros((), dtype=torch.float64, device=shards[0].local.device)
     return torch.stack(norms).double().square().sum()
 
 
@@ -232,6 +246,7 @@ def save_checkpoint(run: Run, wait: bool = False) -> None:
     facts = {
         "progress": asdict(run.progress),
         "optimizer": run.optimizer.state_facts(),
+        "methods": {method.name: method.state() for method in run.methods},
         "batches": run.mixture.fingerprint,
     }
     run.checkpoints.save(

@@ -6,7 +6,7 @@ min  E_F[-log p(y|x)] + lambda * E_{x ~ p_theta*}[-log p(x)]
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -85,18 +85,56 @@ def summed_nll(logprobs: Tensor, synthetic: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def micro_batch_loss(
-    model: Decoder, batch: MicroBatch, weights: SourceWeights, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This micro-batch's share of the batch loss times `scale`, and the two sums it is made of.
+class BatchLoss(NamedTuple):
+    """Float32 scalars. Only `loss` has a gradient; the others are plain sums over targets, in nats,
+    whatever the examples' weights."""
 
-    Summed over the micro-batches of every rank the first is the batch loss: its denominators
+    loss: Tensor
+    nll_task: Tensor
+    nll_synthetic: Tensor
+    kl_task: Tensor
+    """Of `--method distill`: KL(p_theta* || p_theta) at its temperature, of the task targets."""
+
+
+class Distillation(Protocol):
+    """theta* as a teacher, for `--method distill`."""
+
+    @property
+    def strength(self) -> float:
+        """What the KL of one target weighs beside its -log p."""
+        ...
+
+    def logprobs_and_kl(self, model: Decoder, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """log p_theta of every target, and the KL to theta* at it: (N,) float32 each, in nats."""
+        ...
+
+
+def micro_batch_loss(
+    model: Decoder,
+    batch: MicroBatch,
+    weights: SourceWeights,
+    scale: float = 1.0,
+    distillation: Distillation | None = None,
+) -> BatchLoss:
+    """This micro-batch's share of the batch loss times `scale`, and the sums it is made of.
+
+    distillation  adds `strength` times the KL to theta* at each of the task's targets
+
+    Summed over the micro-batches of every rank `loss` is the batch loss: its denominators
     count the whole batch, so nothing is averaged twice. FSDP averages gradients over ranks, and
     `scale` is their number then. To be given to `backward` as it is: the loss is linear in the
     log-probabilities, so the head computes its gradients in the forward pass, and would have to
     do so again for another factor.
     """
     slopes = torch.where(batch.synthetic, -scale * weights.synthetic, -scale * weights.task)
-    logprobs = token_logprobs(model, batch, grad_hint=slopes)
+    if batch.weights is not None:
+        slopes = slopes * batch.weights
+    if distillation is None:
+        logprobs = token_logprobs(model, batch, grad_hint=slopes)
+        loss, kl = (slopes * logprobs).sum(), logprobs.new_zeros(())
+    else:
+        logprobs, kls = distillation.logprobs_and_kl(model, batch)
+        kl = torch.where(batch.synthetic, 0.0, kls).sum()
+        loss = (slopes * logprobs).sum() + scale * weights.task * distillation.strength * kl
     nll_task, nll_synthetic = summed_nll(logprobs.detach(), batch.synthetic)
-    return (slopes * logprobs).sum(), nll_task, nll_synthetic
+    return BatchLoss(loss, nll_task, nll_synthetic, kl.detach())

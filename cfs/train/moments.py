@@ -59,6 +59,10 @@ class FloatMoments:
             maximize=False,
         )
 
+    def mean(self) -> Tensor:
+        """The running mean of the gradient, (N,) float32, to be read only."""
+        return self.exp_avg.view(-1)
+
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by key; it shares storage with the moments."""
         return {

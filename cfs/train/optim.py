@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from cfs.baselines import Update
 from cfs.model import Decoder
 from cfs.train.eightbit import (
     MIN_8BIT_ELEMENTS,
@@ -81,23 +82,41 @@ class ShardedAdamW:
         ]
 
     @torch.no_grad()
-    def step(self, lr: float, step: int, scale: float = 1.0) -> None:
+    def step(
+        self,
+        lr: float,
+        step: int,
+        scale: float = 1.0,
+        after_update: Sequence[Callable[[Update], None]] = (),
+    ) -> None:
         """Update each parameter that has a gradient, and free the gradient at once.
 
         step   counted from 0; decides the rounding, together with the seed
         scale  multiplies every gradient
+        after_update  called after each parameter's update, and may change it; costs a float32
+                      copy of one parameter's rows
         """
         for number, shard in enumerate(self._shards):
-            if shard.parameter.grad is not None:
-                self._update(number, lr, step, scale)
-                shard.parameter.grad = None
+            if shard.parameter.grad is None:
+                continue
+            before = None
+            if after_update:
+                before = local_part(shard.parameter).view(-1).to(torch.float32, copy=True)
+            self._update(number, lr, step, scale)
+            shard.parameter.grad = None
+            if before is not None:
+                weights, mean = local_part(shard.parameter).view(-1), self._moments[number].mean()
+                decayed = 1.0 - lr * self._decay(shard)
+                update = Update(number, shard, weights, before, mean, decayed)
+                for settle in after_update:
+                    settle(update)
 
     def _update(self, number: int, lr: float, step: int, scale: float) -> None:
         shard, moments = self._shards[number], self._moments[number]
         assert shard.grad is not None
         # Neither is kept for the next step: FSDP may yet move a parameter's storage.
         weights, grad = local_part(shard.parameter).view(-1), shard.grad.reshape(-1)
-        decay = self._weight_decay if len(shard.whole_shape) >= 2 else 0.0
+        decay = self._decay(shard)
         is_rounded = weights.dtype == torch.bfloat16
         key = noise_key(self._seed, step, number) if is_rounded else 0
         chunk = CHUNK_ON_CPU if weights.device.type == "cpu" else CHUNK_ON_DEVICE
@@ -111,6 +130,9 @@ class ShardedAdamW:
             if is_rounded:
                 noise = rounding_noise(key, place, masters.device)
                 weights[piece] = stochastic_round(masters, noise)
+
+    def _decay(self, shard: LocalShard) -> float:
+        return self._weight_decay if len(shard.whole_shape) >= 2 else 0.0
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: the moments themselves, not copies.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from cfs.baselines import Method
 from cfs.errors import UserError
 from cfs.model import Decoder
 from cfs.ranks import Ranks
@@ -95,6 +96,13 @@ class LocalShard:
         return mesh if mesh.ndim == 1 else mesh["shard"]
 
 
+def wrapped(model: Decoder, methods: Sequence[Method]) -> Decoder:
+    """With what the methods change of it, in place."""
+    for method in methods:
+        method.wrap(model)
+    return model
+
+
 def shard_rows(num_rows: int, index: int, num_shards: int) -> slice:
     """Rows of shard `index`: FSDP gives every shard ceil(rows / shards) while there are any."""
     each = -(-num_rows // num_shards)
@@ -130,9 +138,14 @@ def shard(
     return local_shards(model)
 
 
+def all_shards(model: nn.Module) -> list[LocalShard]:
+    """This rank's part of every parameter, in the model's order."""
+    return [LocalShard(name, p) for name, p in model.named_parameters()]
+
+
 def local_shards(model: nn.Module) -> list[LocalShard]:
     """This rank's part of every trained parameter, in the model's order."""
-    return [LocalShard(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [shard for shard in all_shards(model) if shard.parameter.requires_grad]
 
 
 def _mesh(ranks: Ranks, ranks_per_copy: int) -> DeviceMesh:

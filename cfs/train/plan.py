@@ -10,6 +10,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cfs.assets import TINYWORLD_DIR
+from cfs.baselines import METHODS
 from cfs.errors import UserError
 from cfs.model import ModelConfig, build_model, read_config, resolve_checkpoint
 from cfs.model.weights import INDEX_FILE, SINGLE_FILE, checkpoint_dtype
 from cfs.train.config import TrainConfig
 from cfs.train.eightbit import BLOCK, MIN_8BIT_ELEMENTS
 from cfs.train.optim import CHUNK_ON_CPU, CHUNK_ON_DEVICE
-from cfs.train.parallel import shard_rows
+from cfs.train.parallel import shard_rows, wrapped
 from cfs.train.rehearsal import (
     ACTIVATIONS,
     GATHERED_GRADIENTS,
@@ -42,6 +44,7 @@ SPARE = 0.05
 interpreter, the kernels' own workspaces, and holes between the allocator's blocks."""
 
 MASTERS, STATES, REFERENCE = "masters", "optimizer states", "theta*"
+TUNED, TEACHER, COPY = "tuned models", "teacher", "copy of one parameter"
 CHECKPOINT, UPDATE, BASE = "checkpoint copy", "update", "base model"
 
 # The parts in the order of the table, and what decides each.
@@ -49,13 +52,16 @@ DECIDED_BY = {
     BASE: "whole, in --dtype: scored and sampled from before training",
     MASTERS: "--masters; shared out over the ranks (--shard-ranks)",
     STATES: "--optimizer; shared out likewise",
-    REFERENCE: "--l2, the checkpoint's dtype; shared out likewise (--offload-reference)",
+    REFERENCE: "--method, the checkpoint's dtype; shared out likewise (--offload-reference)",
+    TUNED: "--method and --tuned, likewise",
+    TEACHER: "--method distill: theta* shared out, with what it gathers",
     GRADIENTS: "--masters; shared out likewise",
     GATHERED_WEIGHTS: "embedding, head and the blocks at work, whole in --dtype",
     GATHERED_GRADIENTS: "of a block, or of embedding and head: whole, summed in float32",
     ACTIVATIONS: "--micro-batch-tokens, --activation-checkpointing",
     HEAD: "a chunk of logits and the head's gradient in float32",
     UPDATE: "float32 copies of a piece of --masters bfloat16",
+    COPY: "--method: its rows before the update, in float32, and what chooses among them",
     CHECKPOINT: "masters and states once more while they are written",
 }
 
@@ -138,35 +144,97 @@ def plan_memory(
             f"--shard-ranks {num_shards}: {num_ranks} ranks cannot be dealt out to copies of so "
             "many; give a divisor"
         )
+    moments, host = _training(config, model_config, stored, num_ranks, num_shards, device_type)
     compute, masters = getattr(torch, config.dtype), getattr(torch, config.masters)
-    shapes = [p.shape for p in build_model(model_config, device="meta").parameters()]
-    own = [shard_rows(shape[0], 0, num_shards).stop * shape[1:].numel() for shape in shapes]
-    held = Counter({MASTERS: masters.itemsize * sum(own)})
-    held[STATES] = sum(map(_state_bytes, shapes, own, [config.optimizer] * len(own)))
-    copy, host = sum(held.values()), 0
-    if config.l2 > 0:
-        held[REFERENCE] = min(stored.itemsize, masters.itemsize) * sum(own)
+    whole = sum(p.numel() for p in build_model(model_config, device="meta").parameters())
+    if not config.from_scratch:
+        moments["sampling from the base model"] = Counter({BASE: compute.itemsize * whole})
+    elif device_type == "cuda":
+        host = max(host, masters.itemsize * whole)
+    moment = max(moments, key=lambda name: moments[name].total())
+    kept = [part for method in METHODS.values() for part in method.keeps]
+    order = [*list(DECIDED_BY)[:5], *kept, *list(DECIDED_BY)[5:]]
+    parts = {name: moments[moment][name] for name in order if moments[moment][name]}
+    return MemoryPlan(parts, moment, host, num_ranks, device_bytes)
+
+
+def training_bytes(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    stored: torch.dtype,
+    num_ranks: int,
+    device_type: str,
+) -> int:
+    """The most that one rank holds while it trains, what comes before left out."""
+    num_shards = config.shard_ranks or num_ranks
+    moments, _ = _training(config, model_config, stored, num_ranks, num_shards, device_type)
+    return max(parts.total() for parts in moments.values())
+
+
+def _training(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    stored: torch.dtype,
+    num_ranks: int,
+    num_shards: int,
+    device_type: str,
+) -> tuple[dict[str, Counter[str]], int]:
+    """Bytes by part at the moments of a step, and those in the host's memory besides."""
+    masters, methods = getattr(torch, config.masters), config.methods
+    model = wrapped(build_model(model_config, device="meta"), methods)
+    owned = {
+        name: shard_rows(len(p), 0, num_shards).stop * p.shape[1:].numel()
+        for name, p in model.named_parameters()
+    }
+    trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    own = [owned[name] for name in trained]
+    held = Counter({MASTERS: masters.itemsize * sum(owned.values())})
+    held[STATES] = sum(map(_state_bytes, trained.values(), own, [config.optimizer] * len(own)))
+    copy = held[STATES] + masters.itemsize * sum(own)
+    others = min(stored.itemsize, masters.itemsize) * sum(own)
+    num_tuned = len(config.tuned or [""]) * any(method.keeps_tuned for method in methods)
+    held[REFERENCE] = others * any(m.needs_original or m.needs_initial for m in methods)
+    held[TUNED] = others * num_tuned
+    for method in methods:
+        for part, each in method.keeps.items():
+            held[part] += each * sum(own)
+    host = 0
     if device_type == "cpu":
         held[CHECKPOINT] = copy
     else:
-        host = copy + (held.pop(REFERENCE, 0) if config.offload_reference else 0)
+        aside = held.pop(REFERENCE) + held.pop(TUNED) if config.offload_reference else 0
+        host = copy + aside
     work = _work(config, num_ranks, num_shards, device_type)
     update = Counter({GRADIENTS: masters.itemsize * sum(own)})
     if masters == torch.bfloat16:
         chunk = CHUNK_ON_CPU if device_type == "cpu" else CHUNK_ON_DEVICE
         update[UPDATE] = rehearse_rounding(min(max(own), chunk))
-    moments = {
-        f"forward and backward of {work.num_tokens:,} tokens": held + rehearse(model_config, work),
+    if any(method.filters for method in methods):
+        update[COPY] = UPDATE_BYTES * max(own)
+    if any(method.needs_teacher for method in methods):
+        held[TEACHER] = _teacher_bytes(model_config, stored, work)
+    rehearsed = rehearse(model_config, work, partial(wrapped, methods=methods))
+    return {
+        f"forward and backward of {work.num_tokens:,} tokens": held + rehearsed,
         "the optimizer step": held + update,
-    }
-    whole = sum(shape.numel() for shape in shapes)
-    if not config.method_spec.from_scratch:
-        moments["sampling from the base model"] = Counter({BASE: compute.itemsize * whole})
-    elif device_type == "cuda":
-        host = max(host, masters.itemsize * whole)
-    moment = max(moments, key=lambda name: moments[name].total())
-    parts = {name: moments[moment][name] for name in DECIDED_BY if moments[moment][name]}
-    return MemoryPlan(parts, moment, host, num_ranks, device_bytes)
+    }, host
+
+
+UPDATE_BYTES = 16
+"""For each element of the largest parameter, at most: its copy, a mean read from 8 bits, the
+magnitudes by which a method chooses, and the choice."""
+
+
+def _teacher_bytes(model_config: ModelConfig, stored: torch.dtype, work: Work) -> int:
+    """theta*'s shards, what FSDP gathers of it, and the hidden states and head that are kept."""
+    parameters = list(build_model(model_config, device="meta").named_parameters())
+    n = work.num_shards
+    held = sum(shard_rows(len(p), 0, n).stop * p.shape[1:].numel() for _, p in parameters)
+    hidden = work.num_tokens * model_config.hidden_size * work.compute.itemsize
+    head = model_config.vocab_size * model_config.hidden_size
+    is_sharded = work.num_ranks > 1 or work.compute != stored
+    kept = stored.itemsize * held + hidden
+    return kept + (2 * head * work.compute.itemsize if is_sharded else 0)
 
 
 def print_plan(plan: MemoryPlan, console: Console | None = None) -> None:
@@ -178,7 +246,9 @@ def print_plan(plan: MemoryPlan, console: Console | None = None) -> None:
     table.add_column("memory", justify="right")
     table.add_column("decided by")
     for name, num_bytes in plan.parts.items():
-        table.add_row(name, _shown(num_bytes), DECIDED_BY[name])
+        table.add_row(
+            name, _shown(num_bytes), DECIDED_BY.get(name, "--method; shared out likewise")
+        )
     table.add_section()
     table.add_row("together", _shown(plan.peak), "")
     console.print(table)
@@ -262,7 +332,8 @@ def _alternatives(config: TrainConfig) -> dict[str, dict[str, Any]]:
         changes.append(("optimizer", "adamw8bit"))
     if config.masters == "float32":
         changes.append(("masters", "bfloat16"))
-    if config.l2 > 0 and not config.offload_reference:
+    needs_others = any(m.needs_original or m.needs_initial or m.keeps_tuned for m in config.methods)
+    if needs_others and not config.offload_reference:
         changes.append(("offload_reference", True))
     found = {_flag(name, value): {name: value} for name, value in changes}
     if len(found) > 1:

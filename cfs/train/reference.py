@@ -1,66 +1,60 @@
-"""theta* beside the trained model: this rank's rows alone, in the checkpoint's own dtype.
+"""theta* and other models beside the trained one: this rank's rows alone, in their own dtype.
 
-A penalty on the distance to theta* needs no second model: each rank holds the same rows of theta*
-that it trains, adds the penalty's gradient to its gradient shards after the backward pass, and
-nothing is gathered. Over all ranks theta* takes one copy of the checkpoint.
+A method that compares weights with those of another model needs no second model: each rank holds
+the same rows of it that it trains, and nothing is gathered. Over all ranks that takes one copy of
+the checkpoint.
 """
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
+
 from torch import Tensor
 
-from cfs.model.weights import StoredWeights
+from cfs.errors import UserError
+from cfs.model import read_config
+from cfs.model.weights import StoredWeights, open_weights, resolve_checkpoint
 from cfs.train.parallel import LocalShard
 
-CHUNK_ON_CPU, CHUNK_ON_DEVICE = 2**20, 2**23
-"""Elements at a time: a float32 difference near a CPU's cache, or kernels worth their launch."""
 
+def stored_rows(
+    shards: list[LocalShard], stored: StoredWeights, on_host: bool = False
+) -> list[Tensor]:
+    """The rows of a checkpoint that belong to each shard, in the order of the shards.
 
-class Reference:
-    """The rows of theta* that belong to each shard.
-
-    on_host  keep them in host memory (pinned beside CUDA) and bring them over piece by piece
+    on_host  keep them in host memory (pinned beside CUDA), to be brought over piece by piece
     """
+    found = []
+    for shard in shards:
+        masters = shard.local.dtype
+        # A master narrower than the checkpoint starts at the rounded value, so that is theta*.
+        value = stored.read(shard.name, shard.rows).to(masters)
+        if stored.dtype.itemsize < masters.itemsize:
+            value = value.to(stored.dtype)
+        if not on_host:
+            value = value.to(shard.local.device)
+        elif shard.local.device.type == "cuda":
+            value = value.pin_memory()
+        found.append(value)
+    return found
 
-    def __init__(self, shards: list[LocalShard], stored: StoredWeights, on_host: bool) -> None:
-        self.shards = shards
-        self.values: list[Tensor] = []
-        for shard in shards:
-            masters = shard.local.dtype
-            # A master narrower than the checkpoint starts at the rounded value, so that is theta*.
-            value = stored.read(shard.name, shard.rows).to(masters)
-            if stored.dtype.itemsize < masters.itemsize:
-                value = value.to(stored.dtype)
-            is_cuda = shard.local.device.type == "cuda"
-            if on_host:
-                self.values.append(value.pin_memory() if is_cuda else value)
-            else:
-                self.values.append(value.to(shard.local.device))
 
-    @property
-    def num_bytes(self) -> int:
-        """Of theta* on this rank."""
-        return sum(value.nbytes for value in self.values)
+def rows_of(
+    directory: str, flag: str, shards: list[LocalShard], start: StoredWeights, on_host: bool = False
+) -> list[Tensor]:
+    """`stored_rows` of another model, which must have the shape of the one the run starts from.
 
-    @torch.no_grad()
-    def add_l2(self, strength: float) -> Tensor:
-        """Add the gradient of strength * ||theta - theta*||^2 to the gradient shards.
+    Raises `UserError` that names the flag by which it was given.
+    """
+    path = resolve_checkpoint(directory)
+    check_shape(path, flag, start.directory)
+    return stored_rows(shards, open_weights(path), on_host)
 
-        Returns this rank's share of ||theta - theta*||^2, a float64 scalar on the device; the sum
-        over the ranks that hold one copy is the whole.
-        Source: the l2 baseline of section 3 and Table 10 (Kumar et al. 2023, L2 init).
-        """
-        total = torch.zeros((), dtype=torch.float64, device=self.shards[0].local.device)
-        for shard, value in zip(self.shards, self.values, strict=True):
-            if shard.parameter.grad is None:
-                shard.parameter.grad = torch.zeros_like(shard.parameter)
-            assert shard.grad is not None
-            chunk = CHUNK_ON_CPU if shard.grad.device.type == "cpu" else CHUNK_ON_DEVICE
-            flat = (x.view(-1) for x in (shard.local, shard.grad, value))
-            pieces = (x.split(chunk) for x in flat)
-            for here, grad, there in zip(*pieces, strict=True):
-                moved = here.float() - there.to(here.device, non_blocking=True).float()
-                grad.add_(moved, alpha=2.0 * strength)
-                total += torch.dot(moved, moved)
-        return total
+
+def check_shape(directory: Path, flag: str, start: Path) -> None:
+    """Raise `UserError` unless the models in both directories are of one config."""
+    if read_config(directory) != read_config(start):
+        raise UserError(
+            f"{flag} {directory}: is no model of the shape of {start}; give one that was "
+            "fine-tuned from it"
+        )

@@ -71,9 +71,14 @@ class Work:
         return "varlen" if self.device_type == "cuda" and is_half else "sdpa"
 
 
-def rehearse(config: ModelConfig, work: Work) -> Counter[str]:
-    """Bytes by part at the moment when a rank holds most, its masters and states left out."""
-    model = build_model(config, device="meta").to(work.compute)
+def rehearse(
+    config: ModelConfig, work: Work, prepare: Callable[[Decoder], Decoder] = lambda model: model
+) -> Counter[str]:
+    """Bytes by part at the moment when a rank holds most, its masters and states left out.
+
+    prepare  changes what trains, before all else
+    """
+    model = prepare(build_model(config, device="meta")).to(work.compute)
     for block in model.layers:
         block.forward = _FusedAttention().within(block.forward)
     checkpoint_activations(model, work.checkpointing)
@@ -81,7 +86,8 @@ def rehearse(config: ModelConfig, work: Work) -> Counter[str]:
     sharding = _Sharding(model, work, ledger) if work.is_sharded else None
     part = GATHERED_GRADIENTS if work.is_sharded else GRADIENTS
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, part))
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, part))
     model.norm.register_forward_hook(lambda _norm, _args, hidden: _mark_head(hidden, ledger))
     with ledger:
         for _ in range(2 if work.accumulates else 1):
@@ -128,7 +134,8 @@ def _token_logprobs(model: Decoder, work: Work, input_ids: Tensor, grad_hint: Te
 def _mark_head(hidden: Tensor, ledger: Ledger) -> None:
     """What follows the last norm is the head, until the backward pass comes back to it."""
     ledger.enter(HEAD)
-    hidden.register_hook(lambda _grad: ledger.enter(ACTIVATIONS))
+    if hidden.requires_grad:
+        hidden.register_hook(lambda _grad: ledger.enter(ACTIVATIONS))
 
 
 # ------------------------------------------------------------------------------------ stand-ins
@@ -162,6 +169,10 @@ class _Group:
     parameters: list[nn.Parameter]
     num_padded: int
     """Elements of all shards together, each with as many rows as the first."""
+    trained: list[nn.Parameter]
+    """Those that get gradients."""
+    num_trained: int
+    """Their elements, counted likewise."""
     arriving: Tensor | None = None
     weights: Tensor | None = None
     gradients: Tensor | None = None
@@ -186,6 +197,8 @@ class _Sharding:
         """What came from the ranks last in the forward pass; freed after the next."""
         self.reducing: Tensor | None = None
         """Gradients on their way to the ranks; freed before the next ones."""
+        self.late: list[int] = []
+        """Blocks whose input gets no gradient, so that theirs are reduced when the pass ends."""
         for number, block in enumerate(model.layers):
             block.register_forward_pre_hook(partial(self._enter, number))
             block.register_forward_hook(partial(self._leave, number))
@@ -202,6 +215,9 @@ class _Sharding:
 
     def end(self) -> None:
         """After the backward pass."""
+        for number in self.late:
+            self._reduce(self.blocks[number])
+        self.late.clear()
         self._reduce(self.root)
         self.reducing = None
         for group in (*self.blocks, self.root):
@@ -211,7 +227,10 @@ class _Sharding:
         """Before the forward pass of block `number` or, behind the last block, of the norm."""
         if number < len(self.blocks):
             self._gather_now(self.blocks[number])
-        args[0].register_hook(partial(self._backward_between, number))
+        if args[0].requires_grad:
+            args[0].register_hook(partial(self._backward_between, number))
+        elif number < len(self.blocks):
+            self.late.append(number)
 
     def _leave(self, number: int, *_: object) -> None:
         """After the forward pass of block `number`."""
@@ -253,17 +272,19 @@ class _Sharding:
 
     def _reduce(self, group: _Group) -> None:
         """Add a group's gradients up over the ranks, and keep this rank's rows."""
-        num_shards, num_own = self.work.num_shards, group.num_padded // self.work.num_shards
+        num_shards, num_own = self.work.num_shards, group.num_trained // self.work.num_shards
         group.weights = self.reducing = None
+        if not group.trained:
+            return
         # A variable of torch's `foreach_reduce` holds the last one until it returns.
-        _last = group.parameters[-1].grad if num_shards > 1 else None
-        self.reducing = self._new(GATHERED_GRADIENTS, group.num_padded, torch.float32)
+        _last = group.trained[-1].grad if num_shards > 1 else None
+        self.reducing = self._new(GATHERED_GRADIENTS, group.num_trained, torch.float32)
         self._pad_and_cast(group)
-        for parameter in group.parameters:
+        for parameter in group.trained:
             parameter.grad = None
         reduced = self._new(GATHERED_GRADIENTS, num_own, torch.float32)
         if num_shards > 1:
-            self._gloo_copy(GATHERED_GRADIENTS, group.num_padded, torch.float32)
+            self._gloo_copy(GATHERED_GRADIENTS, group.num_trained, torch.float32)
         if num_shards < self.work.num_ranks:
             group.reduced = reduced  # until the pass ends, as the sum over copies may still run
         if self.work.masters != torch.float32:
@@ -277,14 +298,15 @@ class _Sharding:
         if self.work.device_type != "cpu":
             return
         num_shards, dtype = self.work.num_shards, self.work.compute
-        uneven = [p for p in group.parameters if len(p) % num_shards]
+        uneven = [p for p in group.trained if len(p) % num_shards]
         _padded = self._new(GATHERED_GRADIENTS, self._num_padded(uneven), dtype)
         if dtype != torch.float32:  # one after the other
-            largest = max(self._num_padded([p]) for p in group.parameters)
+            largest = max(self._num_padded([p]) for p in group.trained)
             self._new(GATHERED_GRADIENTS, largest, dtype)
 
     def _group(self, parameters: list[nn.Parameter]) -> _Group:
-        return _Group(parameters, self._num_padded(parameters))
+        trained = [p for p in parameters if p.requires_grad]
+        return _Group(parameters, self._num_padded(parameters), trained, self._num_padded(trained))
 
     def _num_padded(self, parameters: list[nn.Parameter]) -> int:
         n = self.work.num_shards

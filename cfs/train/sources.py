@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +16,15 @@ from cfs.data.tokenizer import Tokenizer
 from cfs.errors import UserError
 from cfs.model import Decoder
 from cfs.ranks import Ranks
-from cfs.sample.corpus import Corpus, read_corpus
-from cfs.sample.draw import Drawing, draw_corpus
 from cfs.sample.prompts import Prompts
-from cfs.sample.sample import SamplingSettings
-from cfs.sample.sampler import choose_num_slots
-from cfs.sample.settings import CorpusSettings, model_fingerprint
+from cfs.sample.sample import Sample, SamplingSettings
 from cfs.train.config import TrainConfig
-from cfs.train.kl import HeldOutSamples
+from cfs.train.draws import Draws
+from cfs.train.kl import HeldOutSamples, sequence_logprobs
 
-HELD_OUT_SEED = 2**32
-"""Added to the run's seed for the samples that measure the KL, so that training never sees them."""
+HELD_OUT_SEED, FISHER_SEED = 2**32, 2**33
+"""Added to the run's seed for the samples that measure the KL and the Fisher information, so that
+training never sees them."""
 TINYWORLD_TASK_EXAMPLES = 6000
 
 
@@ -49,7 +47,7 @@ def task_data(config: TrainConfig, tokenizer: Tokenizer) -> TaskData:
 
     An epoch draws as many examples as all files hold together, of each file its share.
     """
-    all_tokens = config.method_spec.all_tokens
+    all_tokens = any(method.all_tokens for method in config.methods)
     parts = [
         (name, weight, records, make_examples(records, tokenizer, config.max_length, all_tokens))
         for name, weight, records in task_records(config)
@@ -80,11 +78,11 @@ def task_records(config: TrainConfig) -> list[tuple[str, float | None, list[Reco
         ]
     if config.data is not None:
         return [(Path(config.data).name, None, read_records(config.data, config.format))]
-    if config.method_spec.from_scratch:
+    if config.from_scratch:
         count = config.steps * config.batch_size  # every document is met once
         documents = tinyworld.pretraining_documents(count, config.seed)
         return [("TinyWorld", None, [("", text) for text in documents])]
-    items = tinyworld.task_items(TINYWORLD_TASK_EXAMPLES, config.seed)
+    items = tinyworld.task_items(TINYWORLD_TASK_EXAMPLES, config.seed, config.skill)
     return [("TinyWorld", None, [FORMATS["tinyworld"](asdict(item)) for item in items])]
 
 
@@ -103,78 +101,64 @@ def parse_interleaved(text: str) -> tuple[str, str, float]:
     return named[1], named[2], weight
 
 
-def synthetic_examples(
+def held_out_samples(
+    config: TrainConfig, directory: Path, base: Decoder, tokenizer: Tokenizer, ranks: Ranks
+) -> HeldOutSamples:
+    """Samples of the base at temperature 1 and top-p 1, of which the KL estimate is unbiased."""
+    samples = unconditional_samples(
+        config, directory, base, tokenizer, config.kl_samples, HELD_OUT_SEED, ranks
+    )
+    return HeldOutSamples(
+        [make_example(s.input_ids, s.num_prompt_tokens) for s in samples],
+        np.array([s.logprob_model.sum(dtype=np.float64) for s in samples]),
+    )
+
+
+def fisher_samples(
+    config: TrainConfig, directory: Path, base: Decoder, tokenizer: Tokenizer, ranks: Ranks
+) -> list[Example]:
+    """Samples of the base at temperature 1 and top-p 1, for `--method ewc`."""
+    count: int = config.method_option("fisher_samples")
+    samples = unconditional_samples(config, directory, base, tokenizer, count, FISHER_SEED, ranks)
+    return [make_example(s.input_ids, s.num_prompt_tokens, s.index) for s in samples]
+
+
+def unconditional_samples(
     config: TrainConfig,
     directory: Path,
     base: Decoder,
     tokenizer: Tokenizer,
     count: int,
+    seed: int,
     ranks: Ranks,
-) -> list[Example]:
-    """`count` context-free samples of the base, every token after the seed a target."""
-    if count < 1:
-        raise UserError(
-            f"--synthetic-ratio {config.synthetic_ratio}: is less than one sample; raise it, or "
-            "use --method ft"
-        )
-    if config.synthetic is None:
-        sampling = SamplingSettings(
-            config.max_length - 1, config.temperature, config.top_p, config.seed
-        )
-        corpus = cached_corpus(config, directory, base, tokenizer, count, sampling, ranks)
-    else:
-        corpus = read_corpus(config.synthetic)
-        fingerprint = ranks.on_main(lambda: model_fingerprint(directory))
-        if corpus.manifest["settings"]["model"] != fingerprint:
-            raise UserError(
-                f"--synthetic {config.synthetic}: was drawn from another model than {directory}; "
-                "the method needs samples of the model it starts from"
-            )
-        if len(corpus.samples) < count:
-            raise UserError(
-                f"--synthetic {config.synthetic}: holds {len(corpus.samples)} samples; "
-                f"--synthetic-ratio {config.synthetic_ratio} asks for {count}"
-            )
-    return [
-        make_example(s.input_ids[: config.max_length], s.num_prompt_tokens, s.index)
-        for s in corpus.samples[:count]
-    ]
-
-
-def held_out_samples(
-    config: TrainConfig, directory: Path, base: Decoder, tokenizer: Tokenizer, ranks: Ranks
-) -> HeldOutSamples:
-    """Samples of the base at temperature 1 and top-p 1, of which the KL estimate is unbiased."""
+) -> list[Sample]:
+    """x ~ p_theta*: after the seed token alone, at temperature 1 and top-p 1."""
     sampling = SamplingSettings(
-        config.max_length - 1, temperature=1.0, top_p=1.0, seed=HELD_OUT_SEED + config.seed
+        config.max_length - 1, temperature=1.0, top_p=1.0, seed=seed + config.seed
     )
-    corpus = cached_corpus(config, directory, base, tokenizer, config.kl_samples, sampling, ranks)
-    return HeldOutSamples(
-        [make_example(s.input_ids, s.num_prompt_tokens) for s in corpus.samples],
-        np.array([s.logprob_model.sum(dtype=np.float64) for s in corpus.samples]),
-    )
+    drawn = Draws(Path(config.corpora), directory, base, tokenizer, ranks)
+    return drawn.corpus(Prompts([[tokenizer.seed_id]]), sampling, count).samples
 
 
-def cached_corpus(
-    config: TrainConfig,
-    directory: Path,
-    base: Decoder,
-    tokenizer: Tokenizer,
-    num_samples: int,
-    sampling: SamplingSettings,
-    ranks: Ranks,
-) -> Corpus:
-    """The corpus of these settings under --corpora, drawn by this run if no earlier one did."""
-    settings = CorpusSettings(
-        model=ranks.on_main(lambda: model_fingerprint(directory)),
-        tokenizer=tokenizer.fingerprint(),
-        num_samples=num_samples,
-        prompt_ids=[tokenizer.seed_id],
-        sampling=sampling,
-        dtype=str(base.embed_tokens.weight.dtype).removeprefix("torch."),
-    )
-    place = Path(config.corpora) / settings.fingerprint()
-    slots = choose_num_slots(base, 1 + sampling.max_tokens, num_samples)
-    drawing = Drawing(base, tokenizer, Prompts([[tokenizer.seed_id]]), slots)
-    draw_corpus(place, settings, lambda: drawing, ranks)
-    return read_corpus(place)
+def mean_nlls(
+    base: Decoder, sources: list[Source], config: TrainConfig, ranks: Ranks
+) -> list[np.ndarray]:
+    """For each source (num_examples,) float64: each example's mean over targets of -log p_theta*.
+
+    Collective.
+    """
+    found = []
+    for source in sources:
+        ids, logprobs = sequence_logprobs(base, source.examples, config.micro_batch_tokens, ranks)
+        values = np.empty(len(source.examples))
+        for part_ids, part in ranks.gather((ids, logprobs)):
+            values[part_ids] = -part
+        found.append(values / [example.num_targets for example in source.examples])
+    return found
+
+
+def weighted(sources: list[Source], weights: np.ndarray) -> list[Source]:
+    """The sources with a weight for each example, in the order of them all."""
+    cuts = np.cumsum([len(source.examples) for source in sources])[:-1]
+    parts = np.split(weights, cuts)
+    return [replace(source, weights=part) for source, part in zip(sources, parts, strict=True)]

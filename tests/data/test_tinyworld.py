@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -13,18 +14,24 @@ from cfs.data.tinyworld_build import write_model_files, write_tasks
 from cfs.data.tokenizer import Tokenizer
 from cfs.eval.skills import TINYWORLD_TASKS, load_tasks
 
-SKILLS = [*world.OLD_SKILLS, world.NEW_SKILL]
+SKILLS = [*world.OLD_SKILLS, *world.NEW_SKILLS]
+WORD_PROBLEMS_SHA256 = "9dc04e39179a1660616537bff5f88551089408c6aec4c634997e995ce8458dfb"
 
 
 def test_no_test_item_is_in_training_text() -> None:
     """Catches a leak: prompts of every skill's test items against what training is given."""
     documents = list(world.pretraining_documents(60_000, seed=0))
-    problems = [item.text for item in world.task_items(20_000, seed=0)]
-    training = documents + problems
+    training = documents + [
+        item.text
+        for skill in world.NEW_SKILLS
+        for item in world.task_items(20_000, seed=0, skill=skill)
+    ]
     prompts = {item.prompt for skill in SKILLS for item in world.test_items(skill, 200)}
     leaked = [t for t in training if any(t.startswith(p) for p in _prefixes(t, prompts))]
     assert leaked == []
-    assert not any(text.startswith("Problem:") for text in documents), "the new skill is new"
+    new = {next(world.task_items(1, 0, skill)).prompt.split()[0] for skill in world.NEW_SKILLS}
+    assert new == {"Problem:", "Number:", "Rotate:"}
+    assert not any(text.split()[0] in new for text in documents), "the new skills are new"
 
 
 def _prefixes(text: str, prompts: set[str]) -> list[str]:
@@ -48,7 +55,10 @@ def test_answers_are_right(skill: str) -> None:
     for item in world.test_items(skill, 150):
         words = item.prompt.replace("=", "").split()[1:]
         answer = item.answer.split()
-        if skill == "copy":
+        if skill == "recall":
+            name, attribute = item.key.removeprefix("recall ").rsplit(" ", 1)
+            assert [p[attribute] for p in world.PEOPLE if p["name"] == name] == [item.answer]
+        elif skill == "copy":
             assert answer == words
         elif skill == "reverse":
             assert answer == words[::-1]
@@ -65,9 +75,20 @@ def test_answers_are_right(skill: str) -> None:
             assert len({b - a for a, b in itertools.pairwise(terms)}) == 1
             assert 0 <= min(terms) <= max(terms) <= 99
         elif skill == "word_problem":
-            for left, right in (s.split(" = ") for s in item.answer.split(". ")[:2]):
-                assert eval(left) == int(right.removesuffix("."))
-            assert item.answer.endswith(f"The answer is {right.removesuffix('.')}.")
+            *working, final = item.answer.removesuffix(".").split(". ")
+            sums = [line.split(" = ") for line in working]
+            assert [str(eval(left)) for left, _ in sums] == [right for _, right in sums]
+            assert final == f"The answer is {sums[-1][1]}"
+        elif skill == "number":
+            assert 3 <= len(words) <= 7
+            assert answer[1::2] == words
+            assert [int(place) for place in answer[::2]] == [i + 1 for i in range(len(words))]
+        elif skill == "rotate":
+            assert 3 <= len(words) <= 6
+            assert answer[:-1] == words[1:]
+            assert answer[-1] == words[0]
+        else:
+            raise AssertionError(f"{skill}: its answers are not checked")
 
 
 def test_generators_are_seeded() -> None:
@@ -76,11 +97,33 @@ def test_generators_are_seeded() -> None:
     assert list(world.pretraining_documents(50, 1)) != list(world.pretraining_documents(50, 2))
     assert list(world.task_items(50, 1)) == list(world.task_items(50, 1))
     assert list(world.task_items(50, 1)) != list(world.task_items(50, 2))
+    for skill in world.NEW_SKILLS:
+        assert list(world.task_items(50, 1, skill)) == list(world.task_items(50, 1, skill))
+        assert list(world.task_items(50, 1, skill)) != list(world.task_items(50, 2, skill))
+
+
+def test_word_problems_stay_what_they_were() -> None:
+    """Catches other items of the default skill: runs and the tokenizer were made from these."""
+    assert list(world.task_items(50, 1)) == list(world.task_items(50, 1, "word_problem"))
+    texts = "\n".join(item.text for item in world.task_items(1000, 0))
+    assert hashlib.sha256(texts.encode()).hexdigest() == WORD_PROBLEMS_SHA256
+
+
+def test_new_skills_are_drawn_apart() -> None:
+    """Catches one stream of random numbers for two skills, whose lists would be alike."""
+    lists = [
+        [item.prompt.split()[1:-1] for item in world.task_items(50, 0, skill)]
+        for skill in ("number", "rotate")
+    ]
+    assert not any(number == rotate for number, rotate in zip(*lists, strict=True))
 
 
 def test_shipped_files_are_what_the_builder_writes(tinyworld: Path, tmp_path: Path) -> None:
-    """Catches assets that no longer come from the code."""
+    """Catches assets that no longer come from the code, and a task file that nothing writes."""
     write_tasks(tmp_path / "tasks")
+    directories = (tmp_path / "tasks", TINYWORLD_TASKS)
+    written, shipped = ({file.name for file in d.iterdir()} for d in directories)
+    assert written == shipped
     for file in (tmp_path / "tasks").iterdir():
         assert file.read_bytes() == (TINYWORLD_TASKS / file.name).read_bytes(), file.name
     write_model_files(tmp_path / "model")
@@ -100,7 +143,7 @@ def test_text_survives_the_tokenizer(tinyworld: Path) -> None:
 
 def test_tasks_are_local_lm_eval_files() -> None:
     """Catches a task file that names data which are not beside it."""
-    tasks = load_tasks()
+    tasks = load_tasks(new_skills=world.NEW_SKILLS)
     assert [t.name for t in tasks] == [f"tinyworld_{s}" for s in sorted(SKILLS)]
     for task in tasks:
         assert len(task.docs) == 200

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cfs.data import tinyworld as world
 from cfs.data.tokenizer import Tokenizer
 from cfs.eval.skills import Score, load_tasks, score_tasks
 from cfs.model import Decoder, load_model
@@ -22,9 +23,11 @@ def base(tinyworld: Path) -> Decoder:
 
 def test_the_shipped_base_has_the_skills_it_should(tinyworld: Path, base: Decoder) -> None:
     """Catches a base that was exchanged, or a scorer that drifted: old skills known but not
-    saturated, the new one unknown."""
-    scores = score_tasks(base, Tokenizer(tinyworld), load_tasks(), 200, ALONE)
-    assert scores.pop("word_problem").accuracy <= 0.02
+    saturated, the new ones unknown."""
+    tasks = load_tasks(new_skills=world.NEW_SKILLS)
+    scores = score_tasks(base, Tokenizer(tinyworld), tasks, 200, ALONE)
+    for name in world.NEW_SKILLS:
+        assert scores.pop(name).accuracy <= 0.02, name
     assert len(scores) >= 5
     for name, score in scores.items():
         assert 0.70 <= score.accuracy <= 0.98, (name, score)
@@ -92,3 +95,14 @@ def test_a_task_reads_only_its_own_directory(tmp_path: Path) -> None:
     )
     (task,) = load_tasks(tmp_path)
     assert task.docs == [{"prompt": "a", "answer": "b"}]
+
+
+def test_only_new_skills_asked_for_are_scored() -> None:
+    """Catches a run that scores skills it has nothing to do with, or misses its own."""
+
+    old = set(world.OLD_SKILLS)
+    assert {task.skill for task in load_tasks()} == old | {"word_problem"}
+    for asked in ([], ["rotate"], ["number", "word_problem"]):
+        assert {task.skill for task in load_tasks(new_skills=asked)} == old | set(asked)
+    with pytest.raises(AssertionError, match="typo"):
+        load_tasks(new_skills=["typo"])

@@ -8,7 +8,8 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from cfs.errors import UserError
 from cfs.model import load_model, save_model
+from cfs.model.saving import save_tensors
+from cfs.model.weights import stored_name
 from tests.conftest import REPOSITORY, run_python, tiny_config, tiny_model
 
 
@@ -207,18 +210,98 @@ def test_tied_copy_and_legacy_buffers_are_accepted(tmp_path: Path) -> None:
     load_model(tmp_path / "m")
 
 
-def test_a_failed_save_leaves_the_old_model(checkpoint: Path, monkeypatch) -> None:
-    """Catches a half-written directory under the final name."""
-    before = {f.name: f.read_bytes() for f in checkpoint.iterdir()}
+def content(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
 
-    def fail(*_args: object, **_kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cfs.model.saving.save_file", fail)
-    with pytest.raises(OSError, match="No space"):
-        save_model(tiny_model("llama", seed=1), checkpoint)
-    assert {f.name: f.read_bytes() for f in checkpoint.iterdir()} == before
+def test_a_full_disk_leaves_the_old_model(checkpoint: Path) -> None:
+    """Catches a half-written directory under the final name, or beside it."""
+    before, (soft, hard) = content(checkpoint), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # amid a tensor
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_model(tiny_model("llama", seed=1), checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert content(checkpoint) == before
     assert [f.name for f in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_shard_bytes", [1, 20_000, 10**9])
+def test_files_are_laid_out_as_the_format_says(
+    dtype: torch.dtype, max_shard_bytes: int, tmp_path: Path
+) -> None:
+    """Catches offsets that only our own reader forgives, and shards that are too large."""
+    model = tiny_model("llama", hidden_size=40, num_hidden_layers=3)
+    save_model(model, tmp_path / "m", dtype, max_shard_bytes)
+    written: dict[str, torch.Tensor] = {}
+    for file in sorted((tmp_path / "m").glob("*.safetensors")):
+        raw = file.read_bytes()
+        (length,) = struct.unpack("<Q", raw[:8])
+        header = json.loads(raw[8 : 8 + length])
+        assert length % 8 == 0
+        assert header.pop("__metadata__") == {"format": "pt"}
+        ends = [0, *(entry["data_offsets"][1] for entry in header.values())]
+        assert [entry["data_offsets"][0] for entry in header.values()] == ends[:-1]
+        assert len(raw) == 8 + length + ends[-1]
+        assert len(header) == 1 or ends[-1] <= max_shard_bytes
+        written |= load_file(file)
+    assert list(written) == [stored_name(name) for name, _ in model.named_parameters()]
+    for value, stored in zip(model.parameters(), written.values(), strict=True):
+        assert torch.equal(value.to(dtype), stored)
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    assert index.exists() == (max_shard_bytes < 10**9)
+    if index.exists():
+        size = json.loads(index.read_text())["metadata"]["total_size"]
+        assert size == sum(value.nbytes for value in written.values())
+
+
+def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
+    """Catches a shard that is gathered in memory before it is written."""
+    model, given = tiny_model("llama"), []
+
+    def fresh(parameter: torch.Tensor) -> torch.Tensor:
+        value = parameter.detach().clone()
+        given.append(weakref.ref(value))
+        return value
+
+    def arriving() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in model.named_parameters():
+            assert all(ref() is None for ref in given)
+            yield name, fresh(parameter)
+
+    save_tensors(model.config, arriving(), tmp_path / "m", None, torch.float32)
+    assert len(given) == len(list(model.parameters()))
+
+
+def test_tensors_in_another_order_are_no_checkpoint(checkpoint: Path) -> None:
+    """Catches a caller's order, or number, that puts values under other parameters' names."""
+    model, before = tiny_model("llama"), content(checkpoint)
+    named = [(name, p.detach()) for name, p in model.named_parameters()]
+    extra = ("extra", torch.ones(1))
+    for tensors in (named[::-1], named[:-1], [*named, extra], [*named[:-1], extra]):
+        with pytest.raises(AssertionError, match="arrived"):
+            save_tensors(model.config, tensors, checkpoint, None, torch.float32)
+    assert content(checkpoint) == before
+
+
+def test_mixed_dtypes_are_stored_as_the_widest(tmp_path: Path) -> None:
+    """Catches a model that loses digits, or a config.json that names another dtype."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.norm.float()
+    save_model(model, tmp_path / "m")
+    loaded = load_model(tmp_path / "m")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == "float32"
+    for value, stored in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(value.float(), stored)
+
+
+def test_a_dtype_without_a_name_is_refused(checkpoint: Path) -> None:
+    """Catches a checkpoint that could not be loaded again."""
+    with pytest.raises(UserError, match="int8"):
+        save_model(load_model(checkpoint), checkpoint, dtype=torch.int8)
 
 
 def test_saving_over_a_model_replaces_it(checkpoint: Path) -> None:

@@ -85,8 +85,7 @@ def gradients(
     weights = SourceWeights.of(TargetCounts.of(draws), LAM, normalize)
     model.zero_grad()
     for batch in batches:
-        loss, _, _ = micro_batch_loss(model, batch, weights, scale=ranks.world_size)
-        loss.backward()
+        micro_batch_loss(model, batch, weights, scale=ranks.world_size).loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():
             assert parameter.grad is not None

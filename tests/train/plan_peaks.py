@@ -96,7 +96,7 @@ def take_passes(model: Decoder, work: Work) -> None:
     draws = [Draw(example, synthetic=False)] * (work.num_tokens // LENGTH)
     batch = packed_batch(draws, list(range(len(draws))))
     for _ in range(2 if work.accumulates else 1):
-        micro_batch_loss(model, batch, SourceWeights(1.0, 1.0), scale=1.0)[0].backward()
+        micro_batch_loss(model, batch, SourceWeights(1.0, 1.0), scale=1.0).loss.backward()
 
 
 def peak_bytes(profiler: Any) -> int:

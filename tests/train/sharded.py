@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 from cfs import ranks as process_ranks
+from cfs.baselines.l2 import add_distance
 from cfs.cli import run
 from cfs.model import load_model
 from cfs.train.config import TrainConfig
 from cfs.train.endpoints import starting_model
 from cfs.train.loop import squared_grad_norm
 from cfs.train.parallel import full_parameters
-from cfs.train.reference import Reference
+from cfs.train.reference import stored_rows
 
 
 def main() -> None:
@@ -29,15 +30,17 @@ def main() -> None:
     whole = dict(load_model(sys.argv[1]).named_parameters())
     for name, value in full_parameters(trained.model):
         assert torch.equal(value, whole[name]), name
-    reference = Reference(trained.shards, trained.stored, on_host=False)
+    anchors = stored_rows(trained.shards, trained.stored)
     for shard in trained.shards:
         shard.local.mul_(1.5).add_(0.25)
-    sums = torch.stack((reference.add_l2(0.1), squared_grad_norm(trained.shards)))
+    sums = torch.stack(
+        (add_distance(trained.shards, anchors, 0.1), squared_grad_norm(trained.shards))
+    )
     copies = ranks.world_size // trained.shards[0].num_shards
     distance, squared_norm = (ranks.sum(sums) / copies).tolist()
     if ranks.is_main:
         said = {"distance": distance, "grad_norm": squared_norm**0.5}
-        print(json.dumps(said | {"reference_bytes": reference.num_bytes}))
+        print(json.dumps(said | {"reference_bytes": sum(rows.nbytes for rows in anchors)}))
     process_ranks.finish()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,10 +103,10 @@ def test_the_head_meets_the_gradient_that_it_was_promised(
     monkeypatch.setattr(logprobs, "_head", counted)
     weights = SourceWeights.of(TargetCounts.of(draws), LAM, "source")
     batch = packed_batch(draws, list(range(8)))
-    loss, _, _ = micro_batch_loss(model_of(), batch, weights, scale)
+    loss = micro_batch_loss(model_of(), batch, weights, scale).loss
     loss.backward()
     assert len(passes) == 1
-    loss, _, _ = micro_batch_loss(model_of(), batch, weights, scale)
+    loss = micro_batch_loss(model_of(), batch, weights, scale).loss
     (loss * 3).backward()
     assert len(passes) == 3, "another gradient than promised is computed, not guessed"
 
@@ -119,7 +120,7 @@ def test_a_scaled_loss_is_the_loss_times_its_scale() -> None:
     four, *same_sums = micro_batch_loss(model_of(), batch, weights, scale=4)
     assert four.item() == 4 * one.item()
     assert sums == same_sums, "sums of nats are not scaled"
-    nll_task, nll_synthetic = (float(x) for x in sums)
+    nll_task, nll_synthetic, _ = (float(x) for x in sums)
     expected = weights.task * nll_task + weights.synthetic * nll_synthetic
     assert one.item() == pytest.approx(expected, rel=1e-6)
 
@@ -171,7 +172,7 @@ def test_prompt_tokens_get_exactly_zero_gradient() -> None:
         captured.append(output)
 
     model.norm.register_forward_hook(keep)
-    loss, _, _ = micro_batch_loss(model, batch, SourceWeights(0.5, 0.5))
+    loss = micro_batch_loss(model, batch, SourceWeights(0.5, 0.5)).loss
     loss.backward()
     grad = captured[0].grad
     assert grad is not None
@@ -184,7 +185,7 @@ def test_an_empty_micro_batch_adds_exactly_nothing() -> None:
     model = tiny_model()
     draws = [Draw(make_example([0, 5, 6], first_target=3), False)]
     assert draws[0].example.num_targets == 0
-    loss, task, synthetic = micro_batch_loss(
+    loss, task, synthetic, _ = micro_batch_loss(
         model, packed_batch(draws, [0]), SourceWeights(1.0, 1.0)
     )
     loss.backward()
@@ -217,11 +218,8 @@ def test_end_of_text_is_learned() -> None:
     draws = [Draw(make_example([0, 5, 6, 7, 0], 1), False)] * 4
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
-        loss, _, _ = micro_batch_loss(
-            model,
-            packed_batch(draws, [0, 1, 2, 3]),
-            SourceWeights.of(TargetCounts.of(draws), 1, "pooled"),
-        )
+        weights = SourceWeights.of(TargetCounts.of(draws), 1, "pooled")
+        loss = micro_batch_loss(model, packed_batch(draws, [0, 1, 2, 3]), weights).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -229,3 +227,24 @@ def test_end_of_text_is_learned() -> None:
         p = model(torch.tensor([[0, 5, 6, 7]])).softmax(-1)
     assert p[0, 3, 0] > 0.95, "end-of-text follows the last word"
     assert p[0, 0, 5] > 0.95, "and the seed token, though it is the same id, starts the text"
+
+
+def test_an_examples_weight_multiplies_its_loss_and_no_count() -> None:
+    """Catches weights that move with packing, weigh the counts too, or reach other examples."""
+    plain = batch_of_eight()
+    chosen = [0.25 + 0.5 * i for i in range(len(plain))]
+    draws = [replace(draw, weight=w) for draw, w in zip(plain, chosen, strict=True)]
+    weights = SourceWeights.of(TargetCounts.of(plain), LAM, "pooled")
+    assert TargetCounts.of(draws) == TargetCounts.of(plain)
+    expected = sum(
+        w * micro_batch_loss(model_of(), packed_batch([draw], [0]), weights).loss.item()
+        for draw, w in zip(plain, chosen, strict=True)
+    )
+    for batch in (
+        packed_batch(draws, [5, 0, 7, 1, 2, 6, 3, 4]),
+        padded_batch(draws, list(range(8))),
+    ):
+        found = micro_batch_loss(model_of(), batch, weights)
+        assert found.loss.item() == pytest.approx(expected, rel=1e-5)
+    unweighted = micro_batch_loss(model_of(), packed_batch(plain, list(range(8))), weights)
+    assert found.nll_task.item() == pytest.approx(unweighted.nll_task.item(), rel=1e-5)

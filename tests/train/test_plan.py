@@ -34,7 +34,7 @@ from cfs.train.plan import (
     print_plan,
     stored_dtype,
 )
-from cfs.train.reference import Reference
+from cfs.train.reference import stored_rows
 from cfs.train.rehearsal import ACTIVATIONS, GATHERED_WEIGHTS, GRADIENTS, HEAD
 from tests.conftest import run_python, tiny_config, tiny_model
 
@@ -77,12 +77,12 @@ def test_what_is_held_all_the_time_is_exact(
     model = build_model(stored.config).to(getattr(torch, masters))
     shards = local_shards(model)
     states = ShardedAdamW(shards, kind, 0.0, 0.999, 0).state_tensors().values()
-    reference = Reference(shards, stored, on_host=False)
+    anchors = stored_rows(shards, stored)
 
     plan = planned(UNEVEN, optimizer=kind, masters=masters, l2=0.1, dtype=masters)
     assert plan.parts[MASTERS] == sum(p.nbytes for p in model.parameters())
     assert plan.parts[STATES] == sum(tensor.nbytes for tensor in states)
-    assert plan.parts[REFERENCE] == reference.num_bytes
+    assert plan.parts[REFERENCE] == sum(rows.nbytes for rows in anchors)
     assert plan.parts[CHECKPOINT] == plan.parts[MASTERS] + plan.parts[STATES]
 
 

@@ -173,7 +173,7 @@ def test_real_model_on_real_data_reloads_in_transformers(tmp_path: Path) -> None
         (["--interleave", "a.jsonl"], "FILE:FORMAT=WEIGHT"),
         (["--interleave", "a.jsonl:text=0"], "a weight above 0"),
         (["--interleave", "a.jsonl:text=1"], "--interleave a.jsonl: no such file"),
-        (["--method", "pretrain", "--l2", "1"], "no theta* to stay near"),
+        (["--method", "pretrain", "--l2", "1"], "pretrain goes alone"),
         (["--keep", "0"], "--keep 0"),
         (["--attention", "flash"], "--attention flash: needs CUDA"),
         (["--wandb", "x"], "pip install wandb"),
