@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cfs.baselines.cfs import ContextFree
+from cfs.baselines.cs import Contextual
 from cfs.baselines.distill import Distill
 from cfs.baselines.ewc import EWC
 from cfs.baselines.flow import Flow
@@ -19,8 +21,8 @@ from cfs.baselines.l2 import L2, L2Init
 from cfs.baselines.lora import Lora
 from cfs.baselines.lota import Lota
 from cfs.baselines.method import Method, Mix, Setting, Update
-from cfs.baselines.mixing import ContextFree, Contextual, Replay
 from cfs.baselines.mofo import Mofo
+from cfs.baselines.replay import Replay
 from cfs.baselines.sfa import SFA
 from cfs.baselines.ssr import SSR
 from cfs.baselines.task_arithmetic import TaskArithmetic

@@ -93,7 +93,7 @@ class HMA(Method):
         for block, shard, original, tuned in rows:
             for here, star, other in pieces(shard.local, original, tuned):
                 there = other.to(here.device).float()
-                here.copy_(there + alphas[block] * (star.to(here.device).float() - there))
+                here.copy_(torch.lerp(there, star.to(here.device).float(), alphas[block]))
 
     @torch.no_grad()
     def before_step(self, step: int) -> Tensor | None:

@@ -44,4 +44,4 @@ class SFA(Method):
         for shard, original in zip(self.setting.shards, self.setting.original, strict=True):
             for here, there in pieces(shard.local, original):
                 star = there.to(here.device).float()
-                here.copy_(here.float() + self.sfa_beta * (star - here.float()))
+                here.copy_(torch.lerp(here.float(), star, self.sfa_beta))  # exact at 0 and 1

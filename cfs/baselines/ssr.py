@@ -18,6 +18,7 @@ behaviour alone.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -57,10 +58,9 @@ def instance_input(text: str, closing: set[str]) -> str | None:
 
     None where no such word comes, or nothing before it: the instance is left out.
     """
-    words = text.split(" ")
-    for number, word in enumerate(words):
-        if word in closing:
-            return " ".join(words[: number + 1]) if number > 0 else None
+    for word in re.finditer(r"\S+", text):
+        if word[0] in closing:
+            return text[: word.end()] if text[: word.start()].strip() else None
     return None
 
 

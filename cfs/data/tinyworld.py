@@ -173,7 +173,7 @@ def word_problem(rng: random.Random) -> Item:
 
 def number(rng: random.Random) -> Item:
     """A new skill: a list of words, each with its place before it."""
-    words = rng.choices(OBJECTS, k=rng.randint(3, 7))  # places of one digit, so one token each
+    words = rng.choices(OBJECTS, k=rng.randint(3, 9))  # places of one digit, so one token each
     return Item(
         f"Number: {_join(words)} =", _join(f"{i} {word}" for i, word in enumerate(words, 1))
     )

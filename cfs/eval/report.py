@@ -79,8 +79,8 @@ def print_methods(methods: Mapping[str, Any], console: Console | None = None) ->
         table.add_row(name, f"{method.summary} ({method.source})")
     console.print(table)
     console.print(
-        "\nThose that go together are joined by '+', such as l2+cfs. train.py --help has the options "
-        "of each, docs/methods.md formula, settings and cost.",
+        "\nThose that go together are joined by '+', such as l2+cfs. train.py --help has the "
+        "options of each, docs/methods.md formula, settings and cost.",
         highlight=False,
     )
 

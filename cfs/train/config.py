@@ -236,10 +236,10 @@ class TrainConfig(_MethodOptions):
             for its in other.options() if other.name not in active else []:
                 value = getattr(self, its.name)
                 if value is not None and not (its.name == "l2" and value == 0):
-                    flag, joined = its.name.replace("_", "-"), f"{self.method}+{other.name}"
+                    flag = its.name.replace("_", "-")
                     raise UserError(
                         f"--{flag} {value}: --method {self.method} has no {other.name}; leave the "
-                        f"flag out, or use --method {joined}"
+                        f"flag out{_or_joined(self.method, other.name)}"
                     )
         sampled = [mix for mix in self.mixes if mix.temperature is not None]
         for name in ("synthetic", "temperature", "top_p"):
@@ -251,7 +251,13 @@ class TrainConfig(_MethodOptions):
             raise UserError(
                 "--synthetic: the corpus is drawn; --temperature and --top-p are its own"
             )
+        if self.synthetic is not None and sampled[0].kind == "rehearsal":
+            raise UserError(
+                "--synthetic: ssr's instances are written and then answered, two corpora that it "
+                "draws itself and caches in --corpora; leave it out"
+            )
         needy = [method for method in self.methods if method.needs_tuned]
+        needy.sort(key=lambda method: not method.merges)  # a merge takes what is given
         if self.tuned is not None and not needy:
             raise UserError(f"--tuned: --method {self.method} needs no other model; leave it out")
         if self.tuned is not None and len(self.tuned) > 1 and not needy[0].takes_several:
@@ -270,7 +276,7 @@ class TrainConfig(_MethodOptions):
             its.name: getattr(self, its.name) for m in METHODS.values() for its in m.options()
         }
         is_added = bool(options["l2"]) and "l2" not in self.method.split("+")
-        return combined(self.method + ("+l2" if is_added else ""), options)
+        return combined(_joined(self.method, "l2") if is_added else self.method, options)
 
     def method_option(self, name: str) -> Any:
         """A method's option by its name; None where it says nothing."""
@@ -340,6 +346,21 @@ class TrainConfig(_MethodOptions):
             kl_every=self.kl_every or tenth,
             save_every=self.save_every or tenth,
         )
+
+
+def _joined(combination: str, name: str) -> str:
+    """With one method more; plain fine-tuning is what every other one is added to."""
+    return name if combination == "ft" else f"{combination}+{name}"
+
+
+def _or_joined(combination: str, name: str) -> str:
+    """What to say of joining the method, where the two go together."""
+    joined = _joined(combination, name)
+    try:
+        parsed(joined)
+    except UserError:
+        return ""
+    return f", or use --method {joined}"
 
 
 def _require(config: TrainConfig, name: str, holds: bool, rule: str) -> None:

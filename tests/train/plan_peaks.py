@@ -7,6 +7,7 @@ gloo's copies, which the rehearsal is told to leave out too.
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from cfs.baselines import Method
+from cfs.baselines.freeze import Freeze
+from cfs.baselines.lora import Lora
 from cfs.cli import run
 from cfs.data.formats import Example
 from cfs.data.mixture import Draw
@@ -24,7 +28,7 @@ from cfs.model.config import parse_config
 from cfs.ranks import Ranks
 from cfs.train import rehearsal
 from cfs.train.loss import SourceWeights, micro_batch_loss
-from cfs.train.parallel import checkpoint_activations, shard
+from cfs.train.parallel import checkpoint_activations, shard, wrapped
 from cfs.train.rehearsal import Work, rehearse
 from tests.conftest import tiny_config
 
@@ -51,6 +55,11 @@ CASES: dict[str, dict[str, Any]] = {
         "compute": torch.bfloat16,
         "masters": torch.bfloat16,
     },
+    "lora": {"num_tokens": 256, "methods": (Lora(lora_rank=8),)},
+    "lora, 2 ranks": {"num_tokens": 256, "num_ranks": 2, "methods": (Lora(lora_rank=8),)},
+    "lora, bfloat16": {"compute": torch.bfloat16, "methods": (Lora(lora_rank=8),)},
+    "frozen embeddings": {"num_tokens": 256, "methods": (Freeze(),)},
+    "frozen mlp, 2 ranks": {"num_ranks": 2, "methods": (Freeze(freeze="mlp"),)},
 }
 
 
@@ -60,7 +69,9 @@ def main() -> None:
     print(json.dumps({name: peaks(**case) for name, case in CASES.items()}))
 
 
-def peaks(vocab_size: int = 501, num_ranks: int = 1, **changes: Any) -> tuple[int, int]:
+def peaks(
+    vocab_size: int = 501, num_ranks: int = 1, methods: tuple[Method, ...] = (), **changes: Any
+) -> tuple[int, int]:
     """Bytes, rehearsed and real."""
     if num_ranks > 1:
         dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
@@ -73,17 +84,20 @@ def peaks(vocab_size: int = 501, num_ranks: int = 1, **changes: Any) -> tuple[in
     )
     raw = tiny_config("llama", vocab_size=vocab_size, hidden_size=64, intermediate_size=96)
     config = parse_config(raw | {"num_hidden_layers": 4, "num_key_value_heads": 2})
-    take_passes(sharded_model(config, work), work)  # what is made once and kept is not the step's
-    model = sharded_model(config, work)
+    take_passes(
+        sharded_model(config, work, methods), work
+    )  # what is made once and kept is not the step's
+    model = sharded_model(config, work, methods)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         take_passes(model, work)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return rehearse(config, work).total(), peak_bytes(profiler)
+    rehearsed = rehearse(config, work, partial(wrapped, methods=methods))
+    return rehearsed.total(), peak_bytes(profiler)
 
 
-def sharded_model(config: Any, work: Work) -> Decoder:
-    model = build_model(config).to(work.masters)
+def sharded_model(config: Any, work: Work, methods: tuple[Method, ...]) -> Decoder:
+    model = wrapped(build_model(config), methods).to(work.masters)
     checkpoint_activations(model, work.checkpointing)
     ranks = Ranks(0, work.num_ranks, torch.device("cpu"))
     shard(model, ranks, work.compute, work.num_shards)

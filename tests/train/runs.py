@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cfs.data.formats import Example, make_example
 from cfs.data.mixture import Source
-from cfs.model import save_model
+from cfs.model import load_model, save_model
 from cfs.ranks import Ranks
 from cfs.train.config import TrainConfig
 from cfs.train.kl import HeldOutSamples
@@ -29,6 +29,19 @@ def base_model(place: Path) -> Path:
     path = place / "base"
     if not path.is_dir():
         model = tiny_model("olmo", hidden_size=64, intermediate_size=96, tie_word_embeddings=True)
+        save_model(model, path)
+    return path
+
+
+def tuned_model(place: Path) -> Path:
+    """The base moved a little, as by fine-tuning."""
+    path = place / "tuned"
+    if not path.is_dir():
+        model = load_model(base_model(place))
+        generator = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
         save_model(model, path)
     return path
 
@@ -72,7 +85,8 @@ def make_run(
         Source("sample", random_examples(8, 2, 1), synthetic=True),
     ]
     held_out = HeldOutSamples(random_examples(6, 3, 1), np.zeros(6))
-    return prepared_run(config, base, sources, held_out, out, ranks)
+    fisher = random_examples(16, 4, 1)
+    return prepared_run(config, base, sources, held_out, out, ranks, fisher)
 
 
 def weights(run: Run) -> dict[str, Tensor]:

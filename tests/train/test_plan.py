@@ -23,11 +23,14 @@ from cfs.train.parallel import local_shards
 from cfs.train.plan import (
     BASE,
     CHECKPOINT,
+    COPY,
     GIB,
     MASTERS,
     REFERENCE,
     SPARE,
     STATES,
+    TEACHER,
+    TUNED,
     MemoryPlan,
     plan_memory,
     plan_run,
@@ -221,3 +224,38 @@ def test_nothing_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(model="x", batch_size=64, max_length=128).resolved("cuda", 128)
     plan = plan_memory(config, huge, torch.bfloat16, 8, "cuda", 80 * GIB)
     assert plan.peak > 8 * GIB
+
+
+def test_each_method_has_its_memory_in_the_plan() -> None:
+    """Catches a method whose theta*, Fisher information, mask, adapters, copies or teacher the
+    plan forgets, or counts for parameters that do not train."""
+    flags: dict[str, Any] = {"optimizer": "adamw", "dtype": "float32"}
+    shapes = [p.shape for p in build_model(parse_config(UNEVEN), device="meta").parameters()]
+    weights = sum(shape.numel() for shape in shapes)
+    plain = planned(UNEVEN, method="ft", **flags).parts
+
+    def added(method: str, **more: Any) -> dict[str, int]:
+        parts = planned(UNEVEN, method=method, **flags, **more).parts
+        return {name: n - plain.get(name, 0) for name, n in parts.items() if n != plain.get(name)}
+
+    assert added("cfs") == added("cs") == added("flow") == {}
+    assert added("l2") == added("l2-init") == added("sfa") == {REFERENCE: 2 * weights}
+    assert added("ewc") == {REFERENCE: 2 * weights, "Fisher information": 4 * weights}
+    tuned = {"tuned": ["somewhere"]}
+    assert added("hma", **tuned) == {REFERENCE: 2 * weights, TUNED: 2 * weights}
+    assert added("lota", **tuned)["mask"] == weights
+    assert added("distill")[TEACHER] > 2 * weights
+    lora = added("lora", lora_rank=2)
+    adapters = lora[MASTERS] // 4
+    assert adapters == 2 * sum(sum(s) for s in shapes if len(s) == 2 and 1001 not in s)
+    assert lora[STATES] == 8 * (adapters - weights)
+    frozen = added("freeze", freeze="embeddings")
+    assert frozen[STATES] == -8 * UNEVEN["vocab_size"] * UNEVEN["hidden_size"]  # type: ignore[operator]
+
+
+def test_what_filters_an_update_needs_a_copy_of_the_largest_parameter() -> None:
+    """Catches a peak in the optimizer's step that the plan does not know."""
+    config = TrainConfig(method="mofo", max_length=32, model="somewhere").resolved("cpu", 128)
+    moments, _ = plans._training(config, parse_config(UNEVEN), torch.bfloat16, 1, 1, "cpu")
+    largest = max(p.numel() for p in build_model(parse_config(UNEVEN), device="meta").parameters())
+    assert moments["the optimizer step"][COPY] == plans.UPDATE_BYTES * largest
