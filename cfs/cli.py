@@ -93,7 +93,8 @@ def given_flags(config_class: type[Any], arguments: list[str] | None = None) -> 
     for flag, file in zip(given, [*given[1:], ""], strict=True):
         path = file if flag == "--config" else flag.removeprefix("--config=")
         if flag.startswith("--config"):
-            names |= set(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+            keys = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            names |= {str(key).replace("-", "_") for key in keys}
     return names & {field.name for field in dataclasses.fields(config_class)}
 
 

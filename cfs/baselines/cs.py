@@ -1,4 +1,4 @@
-"""cs: contextual synthetic data. theta*'s own answers to the task's prompts stand beside the task's.
+"""cs: contextual synthetic data. Answers of theta* to the task's prompts stand beside the task's.
 
     E_F[-log p_theta(y|x)] + lambda E_{x ~ F, y' ~ p_theta*(.|x)}[-log p_theta(y'|x)]
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class EWC(Method):
     fisher_samples: int = option(1024, "context-free samples that the Fisher information takes")
 
     def check(self) -> None:
-        self.require("ewc", self.ewc >= 0, "0 or more")
+        self.require("ewc", 0 <= self.ewc < inf, "0 or more")
         is_whole = self.fisher_samples >= GROUP_SIZE and self.fisher_samples % GROUP_SIZE == 0
         self.require("fisher_samples", is_whole, f"a multiple of {GROUP_SIZE}")
 

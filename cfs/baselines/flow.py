@@ -11,6 +11,7 @@ first step. `--flow-temperature X` multiplies tau; the larger, the more alike th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -36,10 +37,11 @@ class Flow(Method):
     name = "flow"
     summary = "task examples weighted by how easy the base finds them"
     source = "Sanyal et al. 2025, arXiv 2502.02797"
+    weighs_examples = True
     flow_temperature: float = option(1.0, "multiple of the median loss that weights are taken at")
 
     def check(self) -> None:
-        self.require("flow_temperature", self.flow_temperature > 0, "above 0")
+        self.require("flow_temperature", 0 < self.flow_temperature < inf, "above 0")
 
-    def example_weights(self, nll_nats: np.ndarray) -> np.ndarray | None:
+    def example_weights(self, nll_nats: np.ndarray) -> np.ndarray:
         return easy_sample_weights(nll_nats, self.flow_temperature)

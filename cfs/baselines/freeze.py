@@ -28,7 +28,7 @@ LAYERS = re.compile(r"layers:(\d+)-(\d+)")
 
 def is_frozen(name: str, part: str) -> bool:
     """Does the parameter belong to the part of the model? `UserError` for an unknown part."""
-    if blocks := LAYERS.fullmatch(part):
+    if (blocks := LAYERS.fullmatch(part)) and int(blocks[1]) <= int(blocks[2]):
         number = re.match(r"layers\.(\d+)\.", name)
         return number is not None and int(blocks[1]) <= int(number[1]) <= int(blocks[2])
     if part not in PARTS:

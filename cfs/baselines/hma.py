@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class HMA(Method):
     def check(self) -> None:
         self.require("hma_alpha", 0 <= self.hma_alpha <= 1, "in [0, 1]")
         self.require("hma_blocks", self.hma_blocks >= 1, "at least 1")
-        self.require("hma_lr", self.hma_lr > 0, "above 0")
+        self.require("hma_lr", 0 < self.hma_lr < inf, "above 0")
 
     def begin(self, setting: Setting) -> None:
         self.setting = setting

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -58,10 +59,10 @@ class L2(Method):
     summary = "adds a penalty on ||theta - theta*||^2"
     source = "the paper, section 3 and Table 10; Kirkpatrick et al. 2017"
     needs_original = True
-    l2: float = option(1e-3, "weight of ||theta - theta*||^2 (Table 10); joins any method")
+    l2: float = option(1e-3, "weight of ||theta - theta*||^2 (Table 10); joins what it goes with")
 
     def check(self) -> None:
-        self.require("l2", self.l2 >= 0, "0 or more")
+        self.require("l2", 0 <= self.l2 < inf, "0 or more")
 
     def begin(self, setting: Setting) -> None:
         self.shards, self.anchors = setting.shards, setting.original
@@ -84,7 +85,7 @@ class L2Init(Method):
     )
 
     def check(self) -> None:
-        self.require("l2_init", self.l2_init >= 0, "0 or more")
+        self.require("l2_init", 0 <= self.l2_init < inf, "0 or more")
 
     def begin(self, setting: Setting) -> None:
         self.shards, self.anchors = setting.shards, setting.initial

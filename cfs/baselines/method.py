@@ -163,12 +163,15 @@ class Method:
 
     # ------------------------------------------------------------------ the places, in their order
 
-    def example_weights(self, nll_nats: np.ndarray) -> np.ndarray | None:
-        """Weights of the task examples; None for 1 each, and then nothing is measured.
+    weighs_examples: ClassVar[bool] = False
+    """Does `example_weights` anything? It costs a forward pass over the task."""
+
+    def example_weights(self, nll_nats: np.ndarray) -> np.ndarray:
+        """(num_examples,) what each task example counts in the loss.
 
         nll_nats  (num_examples,) float64, the mean over each one's targets of -log p_theta*
         """
-        return None
+        return np.ones_like(nll_nats)
 
     def wrap(self, model: nn.Module) -> None:
         """Change what is trained, before the model is sharded; it may lie on `meta`."""

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from cfs.assets import TINYWORLD_DIR
-from cfs.baselines import Method
 from cfs.cli import given_flags
 from cfs.data.tokenizer import Tokenizer
 from cfs.eval.report import plot_training, print_summary
 from cfs.eval.skills import Score, Task, load_tasks, score_tasks
+from cfs.eval.summary import Measured, summarise
 from cfs.files import write_atomically
 from cfs.model import Decoder, load_model, read_config, resolve_checkpoint
 from cfs.model.merging import merge_checkpoints
@@ -27,13 +27,14 @@ from cfs.ranks import Ranks
 from cfs.train.config import TrainConfig
 from cfs.train.draws import Draws
 from cfs.train.endpoints import save_result
-from cfs.train.kl import HeldOutSamples, KLEstimate, estimate_kl
+from cfs.train.footprint import training_bytes
+from cfs.train.kl import HeldOutSamples, estimate_kl
 from cfs.train.loop import Progress, train
 from cfs.train.mixing import mixed_sources
 from cfs.train.optim import check_optimizer
-from cfs.train.plan import training_bytes
 from cfs.train.prepare import check_models, prepared_run
 from cfs.train.rundir import (
+    CHANGEABLE,
     CHECKPOINTS,
     CONFIG,
     METRICS,
@@ -55,14 +56,6 @@ from cfs.train.sources import (
 TUNED, MODELS = "tuned", "models"
 """Within a run directory: the run that gives a method its fine-tuned model, and the models of a
 sweep but for the first."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a finished model scored."""
-
-    skills: dict[str, Score]
-    kl: KLEstimate | None
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,8 @@ def fine_tune(config: TrainConfig, ranks: Ranks, flags: set[str] | None = None) 
         if ranks.is_main:
             _announce(experiment)
         if config.tuned is None and any(m.needs_tuned for m in config.methods):
-            if not fine_tune(_first_run(config, out), ranks, flags=set()):
+            here = {"out", "resume"} | (given & CHANGEABLE)
+            if not fine_tune(_first_run(config, out), ranks, flags=here):
                 _say_how_to_resume(experiment, "its first part, in " + str(out / TUNED))
                 return False
             tuned = [str(out / TUNED / MODEL)]
@@ -135,6 +129,11 @@ def _announce(experiment: Experiment) -> None:
     config, task = experiment.config, experiment.task
     if not task.sources:
         print(f"{config.method}: of {', '.join(config.tuned or [])} -> {experiment.out}")
+        others = [m.name for m in config.methods if not m.merges]
+        if others:
+            print(
+                f"nothing is trained: what --tuned names stands for what {', '.join(others)} gives"
+            )
         return
     print(
         f"{config.method}: {config.steps} steps of {config.batch_size} examples -> "
@@ -179,8 +178,11 @@ def _run(experiment: Experiment) -> bool:
         skills = _scored_result(experiment, experiment.out / MODEL)
         results = {"": Measured(skills, progress.kl)}
     if ranks.is_main:
-        summary = summarise(experiment, progress, base_scores, results)
-        summary["seconds"] = time.monotonic() - started
+        costs = {
+            "seconds": time.monotonic() - started,
+            "plan_bytes": None if is_merge else _planned(experiment),
+        }
+        summary = summarise(config, progress, base_scores, results) | costs
         if not is_merge:
             plot_training(experiment.out / METRICS, experiment.out / "training.svg")
         write_atomically(experiment.out / SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -216,11 +218,9 @@ def _prepare(experiment: Experiment, base: Decoder, is_merge: bool) -> _Prepared
     draws = Draws(Path(config.corpora), directory, base, tokenizer, ranks)
     added = mixed_sources(config, draws, sources)
     for method in config.methods:
-        if type(method).example_weights is not Method.example_weights:
+        if method.weighs_examples:
             nlls = np.concatenate(mean_nlls(base, sources, config, ranks))
-            weights = method.example_weights(nlls)
-            assert weights is not None, "a method that overrides it gives weights"
-            sources = weighted(sources, weights)
+            sources = weighted(sources, method.example_weights(nlls))
         if method.needs_fisher:
             fisher = fisher_samples(config, directory, base, tokenizer, ranks)
     return _Prepared([*sources, *added], held_out, fisher)
@@ -281,51 +281,6 @@ def _say_how_to_resume(experiment: Experiment, what: str) -> None:
             f"stopped after {what}; go on with: "
             f"{Path(sys.argv[0]).name} --resume --out {experiment.out}"
         )
-
-
-def summarise(
-    experiment: Experiment,
-    progress: Progress,
-    base: dict[str, Score],
-    results: dict[str, Measured],
-) -> dict[str, Any]:
-    """The content of summary.json; accuracies are shares in [0, 1], memory is of one rank.
-
-    results  of the one model, or of each variant of a sweep; the first is the run's own
-    """
-    config = experiment.config
-    found = {name: _measures(result, base) for name, result in results.items()}
-    summary = {
-        "method": config.method,
-        "seed": config.seed,
-        **next(iter(found.values())),
-        "steps": progress.step,
-        "targets_task": progress.targets_task,
-        "targets_synthetic": progress.targets_synthetic,
-        "train_seconds": progress.seconds,
-        "plan_bytes": _planned(experiment) if progress.step else None,
-        "new_skills": [
-            task.skill for task in experiment.tasks if task.skill in config.scored_skills
-        ],
-    }
-    return summary | ({"sweep": found} if len(found) > 1 else {})
-
-
-def _measures(result: Measured, base: dict[str, Score]) -> dict[str, Any]:
-    skills = {
-        name: {
-            "base": base[name].accuracy if base else None,
-            "tuned": score.accuracy,
-            "se": score.se,
-        }
-        for name, score in result.skills.items()
-    }
-    kl = result.kl
-    return {
-        "kl_nats": kl.nats if kl else None,
-        "kl_se": kl.se if kl else None,
-        "skills": skills,
-    }
 
 
 def _planned(experiment: Experiment) -> int:

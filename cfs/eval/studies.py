@@ -137,12 +137,14 @@ class Plan:
 
 
 def plan_runs(study: Study, shared: Flags, seeds: range) -> Plan:
-    """Every run of the study, seed by seed, so that an interrupted one has whole comparisons.
+    """Every run of the study: of all seeds first what stands for each row, then what its sweeps
+    add, so that an interrupted one has whole comparisons.
 
     shared  flags of all rows. Settings that are equal in all things share one run.
     """
     runs: dict[str, Run] = {}
     gives: dict[tuple[str, Value | None, int], str] = {}
+    first: set[str] = set()
     for seed in seeds:
         by_settings: dict[str, str] = {}
         for row, value in ((r, v) for r in study.rows for v in r.settings_of_runs()):
@@ -157,9 +159,12 @@ def plan_runs(study: Study, shared: Flags, seeds: range) -> Plan:
             run = Run(f"{stem}-{seed}", row.method, flags, seed, needs)
             name = by_settings.setdefault(repr(run.settings()), run.name)
             gives[row.label, value, seed] = name
+            if row.at_once or value == row.headline:
+                first.add(name)
             if name == run.name and runs.setdefault(name, run) is not run:
                 raise UserError(f"study {study.name}: two runs would be named {name}; rename a row")
-    return Plan(runs, gives, seeds)
+    in_order = sorted(runs.items(), key=lambda item: item[0] not in first)
+    return Plan(dict(in_order), gives, seeds)
 
 
 def canonical(value: Value) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from cfs.assets import TINYWORLD_DIR
-from cfs.baselines import METHODS, Method, Mix, combined, parsed
+from cfs.baselines import METHODS
 from cfs.cli import option
 from cfs.data import tinyworld
 from cfs.data.formats import FORMATS
 from cfs.errors import UserError
 from cfs.model.attention import TRAINING_ATTENTION_HELP
+from cfs.train.method_options import MethodOptions
 
 LARGEST_BATCH = 2**17
 """Examples of a step, of which every rank makes a list."""
@@ -68,33 +69,8 @@ def _depends(name: str, meaning: str) -> Any:
     return option(None, f"{meaning} [{checkpoint if checkpoint == world == pretrain else said}]")
 
 
-def _method_fields() -> list[tuple[str, Any, Any]]:
-    """Every option of every method, None by default: what its method says, where that takes part.
-
-    A method's options stand in its own file, beside the formula that they are of.
-    """
-    found = []
-    for method in METHODS.values():
-        hints = get_type_hints(method)
-        for its in method.options():
-            shown = "" if its.default is None else f" [{its.default}]"
-            meaning = its.metadata["help"] + shown
-            facts = {"help": meaning, "metavar": its.metadata["metavar"], "group": method.name}
-            found.append((its.name, hints[its.name] | None, field(default=None, metadata=facts)))
-    return found
-
-
-if TYPE_CHECKING:
-
-    @dataclass(frozen=True)
-    class _MethodOptions:
-        """Read through `TrainConfig.methods`, whose types are known, and not by name."""
-else:
-    _MethodOptions = make_dataclass("_MethodOptions", _method_fields(), frozen=True)
-
-
 @dataclass(frozen=True)
-class TrainConfig(_MethodOptions):
+class TrainConfig(MethodOptions):
     """Flags of `train.py`, in kebab-case there; those of the methods are in `cfs/baselines/`.
 
     A field that defaults to None though its type has no None depends on the model, the data, the
@@ -195,11 +171,13 @@ class TrainConfig(_MethodOptions):
 
     def __post_init__(self) -> None:
         self._check_values()
-        self._check_method()
+        self.check_method()
         if (self.data is None) != (self.format is None):
             raise UserError("--data and --format go together; see --help for the formats")
         if self.interleave is not None and self.data is not None:
             raise UserError("--data and --interleave: give one of them")
+        if self.plan and self.stages is not None:
+            raise UserError("--plan and --stages: plan one stage at a time, by its own flags")
         if self.resume and self.out is None:
             raise UserError("--resume: needs --out, the directory of the run")
         if self.steps is not None and self.epochs is not None:
@@ -230,72 +208,10 @@ class TrainConfig(_MethodOptions):
         are_known = set(self.score_skills or []) <= tinyworld.NEW_SKILLS.keys()
         _require(self, "score_skills", are_known, f"some of {known}")
 
-    def _check_method(self) -> None:
-        active = {method.name for method in self.methods}
-        for other in METHODS.values():
-            for its in other.options() if other.name not in active else []:
-                value = getattr(self, its.name)
-                if value is not None and not (its.name == "l2" and value == 0):
-                    flag = its.name.replace("_", "-")
-                    raise UserError(
-                        f"--{flag} {value}: --method {self.method} has no {other.name}; leave the "
-                        f"flag out{_or_joined(self.method, other.name)}"
-                    )
-        sampled = [mix for mix in self.mixes if mix.temperature is not None]
-        for name in ("synthetic", "temperature", "top_p"):
-            if getattr(self, name) is not None and len(sampled) != 1:
-                what = "mixes no samples in" if not sampled else "mixes several kinds of samples in"
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag}: --method {self.method} {what}; leave it out")
-        if self.synthetic is not None and (self.temperature, self.top_p) != (None, None):
-            raise UserError(
-                "--synthetic: the corpus is drawn; --temperature and --top-p are its own"
-            )
-        if self.synthetic is not None and sampled[0].kind == "rehearsal":
-            raise UserError(
-                "--synthetic: ssr's instances are written and then answered, two corpora that it "
-                "draws itself and caches in --corpora; leave it out"
-            )
-        needy = [method for method in self.methods if method.needs_tuned]
-        needy.sort(key=lambda method: not method.merges)  # a merge takes what is given
-        if self.tuned is not None and not needy:
-            raise UserError(f"--tuned: --method {self.method} needs no other model; leave it out")
-        if self.tuned is not None and len(self.tuned) > 1 and not needy[0].takes_several:
-            raise UserError(
-                f"--tuned: {len(self.tuned)} models; {needy[0].name} takes one (task-arithmetic "
-                "takes several)"
-            )
-
-    @property
-    def methods(self) -> list[Method]:
-        """The methods that take part, with their options, made anew: they may keep what they need.
-
-        `--l2` alone adds the l2 penalty to any of them.
-        """
-        options = {
-            its.name: getattr(self, its.name) for m in METHODS.values() for its in m.options()
-        }
-        is_added = bool(options["l2"]) and "l2" not in self.method.split("+")
-        return combined(_joined(self.method, "l2") if is_added else self.method, options)
-
-    def method_option(self, name: str) -> Any:
-        """A method's option by its name; None where it says nothing."""
-        return getattr(self, name)
-
-    @property
-    def from_scratch(self) -> bool:
-        """Does the run start from random weights?"""
-        return any(method.from_scratch for method in parsed(self.method))
-
     @property
     def scored_skills(self) -> list[str]:
         """New skills of TinyWorld that are scored beside the old ones."""
         return list(dict.fromkeys([self.skill, *(self.score_skills or [])]))
-
-    @property
-    def mixes(self) -> list[Mix]:
-        """What stands beside the task's examples."""
-        return [method.mix for method in parsed(self.method) if method.mix is not None]
 
     @property
     def on_embedded_model(self) -> bool:
@@ -346,21 +262,6 @@ class TrainConfig(_MethodOptions):
             kl_every=self.kl_every or tenth,
             save_every=self.save_every or tenth,
         )
-
-
-def _joined(combination: str, name: str) -> str:
-    """With one method more; plain fine-tuning is what every other one is added to."""
-    return name if combination == "ft" else f"{combination}+{name}"
-
-
-def _or_joined(combination: str, name: str) -> str:
-    """What to say of joining the method, where the two go together."""
-    joined = _joined(combination, name)
-    try:
-        parsed(joined)
-    except UserError:
-        return ""
-    return f", or use --method {joined}"
 
 
 def _require(config: TrainConfig, name: str, holds: bool, rule: str) -> None:

@@ -230,6 +230,11 @@ def rehearsal(mixing: Mixing) -> list[Example]:
         features = _embeddings(draws, ids)
         kept = nearest_to_centroids(features, mixing.count, ssr.CLUSTERS, config.seed)
         ids = [ids[i] for i in kept]
+    if draws.ranks.is_main:
+        print(
+            f"ssr: {len(inputs)} different inputs in {wanted} instances that the base wrote; "
+            f"{len(ids)} of {mixing.count} asked for are kept"
+        )
     answered = Prompts(ids)
     greedy = SamplingSettings(mixing.room(answered), temperature=0.0, top_p=1.0)
     return _examples_of(draws.corpus(answered, greedy, len(ids)), mixing)

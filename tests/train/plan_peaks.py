@@ -26,10 +26,10 @@ from cfs.data.packing import packed_batch
 from cfs.model import Decoder, build_model
 from cfs.model.config import parse_config
 from cfs.ranks import Ranks
-from cfs.train import rehearsal
 from cfs.train.loss import SourceWeights, micro_batch_loss
 from cfs.train.parallel import checkpoint_activations, shard, wrapped
-from cfs.train.rehearsal import Work, rehearse
+from cfs.train.rehearsal import rehearse
+from cfs.train.stand_ins import Sharding, Work
 from tests.conftest import tiny_config
 
 LENGTH = 32
@@ -65,7 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    rehearsal._Sharding._gloo_copy = lambda *_: None  # type: ignore[method-assign]
+    Sharding._gloo_copy = lambda *_: None  # type: ignore[method-assign]
     print(json.dumps({name: peaks(**case) for name, case in CASES.items()}))
 
 

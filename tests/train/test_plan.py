@@ -16,6 +16,7 @@ from cfs.cli import UserError
 from cfs.model import ModelConfig, build_model, save_model
 from cfs.model.config import parse_config
 from cfs.model.weights import open_weights
+from cfs.train import footprint
 from cfs.train import plan as plans
 from cfs.train.config import TrainConfig
 from cfs.train.optim import OptimizerKind, ShardedAdamW
@@ -38,7 +39,7 @@ from cfs.train.plan import (
     stored_dtype,
 )
 from cfs.train.reference import stored_rows
-from cfs.train.rehearsal import ACTIVATIONS, GATHERED_WEIGHTS, GRADIENTS, HEAD
+from cfs.train.stand_ins import ACTIVATIONS, GATHERED_WEIGHTS, GRADIENTS, HEAD
 from tests.conftest import run_python, tiny_config, tiny_model
 
 UNEVEN = tiny_config(vocab_size=1001, hidden_size=48, intermediate_size=80)
@@ -256,6 +257,7 @@ def test_each_method_has_its_memory_in_the_plan() -> None:
 def test_what_filters_an_update_needs_a_copy_of_the_largest_parameter() -> None:
     """Catches a peak in the optimizer's step that the plan does not know."""
     config = TrainConfig(method="mofo", max_length=32, model="somewhere").resolved("cpu", 128)
-    moments, _ = plans._training(config, parse_config(UNEVEN), torch.bfloat16, 1, 1, "cpu")
+    shape = parse_config(UNEVEN)
+    moments, _ = footprint.training_moments(config, shape, torch.bfloat16, 1, 1, "cpu")
     largest = max(p.numel() for p in build_model(parse_config(UNEVEN), device="meta").parameters())
-    assert moments["the optimizer step"][COPY] == plans.UPDATE_BYTES * largest
+    assert moments["the optimizer step"][COPY] == footprint.UPDATE_BYTES * largest
