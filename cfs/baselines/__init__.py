@@ -1,60 +1,50 @@
 """Methods against forgetting, one idea a file, and the table that names them.
 
-To add one: a file with a subclass of `Method`, and its line in `METHODS` (docs/methods.md has an
+To add one: a file with a subclass of `Method`, and its line in `TABLE` (docs/methods.md has an
 example of about 20 lines). Its options become flags of `train.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
-from cfs.baselines.cfs import ContextFree
-from cfs.baselines.cs import Contextual
-from cfs.baselines.distill import Distill
-from cfs.baselines.ewc import EWC
-from cfs.baselines.flow import Flow
-from cfs.baselines.freeze import Freeze
-from cfs.baselines.ft import FineTuning, Pretraining
-from cfs.baselines.hma import HMA
-from cfs.baselines.l2 import L2, L2Init
-from cfs.baselines.lora import Lora
-from cfs.baselines.lota import Lota
 from cfs.baselines.method import Method, Mix, Setting, Update
-from cfs.baselines.mofo import Mofo
-from cfs.baselines.replay import Replay
-from cfs.baselines.sfa import SFA
-from cfs.baselines.ssr import SSR
-from cfs.baselines.task_arithmetic import TaskArithmetic
-from cfs.baselines.wise_ft import WiseFT
 from cfs.errors import UserError
 
 __all__ = ["METHODS", "Method", "Mix", "Setting", "Update", "combined", "parsed"]
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        ContextFree,
-        FineTuning,
-        Contextual,
-        Replay,
-        Lora,
-        WiseFT,
-        L2,
-        L2Init,
-        EWC,
-        Mofo,
-        Lota,
-        Flow,
-        SFA,
-        HMA,
-        TaskArithmetic,
-        SSR,
-        Distill,
-        Freeze,
-        Pretraining,
-    )
-}
+TABLE = (
+    "cfs:ContextFree",
+    "ft:FineTuning",
+    "cs:Contextual",
+    "replay:Replay",
+    "lora:Lora",
+    "wise_ft:WiseFT",
+    "l2:L2",
+    "l2:L2Init",
+    "ewc:EWC",
+    "mofo:Mofo",
+    "lota:Lota",
+    "flow:Flow",
+    "sfa:SFA",
+    "hma:HMA",
+    "task_arithmetic:TaskArithmetic",
+    "ssr:SSR",
+    "distill:Distill",
+    "freeze:Freeze",
+    "ft:Pretraining",
+)
+"""file:class of every method, in the order in which they are listed."""
+
+
+def _imported(place: str) -> type[Method]:
+    file, name = place.split(":")
+    return getattr(import_module(f"cfs.baselines.{file}"), name)
+
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in map(_imported, TABLE)}
 
 
 def parsed(combination: str) -> list[type[Method]]:

@@ -69,6 +69,8 @@ def plot_pareto(study: Study, base: Result, lines: list[Line]) -> Figure:
     axes.margins(0.06)
     if base.new_skill is not None and base.old_skills is not None:
         heads.insert(0, _draw_base(axes, 100 * base.new_skill, 100 * base.old_skills))
+    for low_high, bound in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
+        bound(max(-4.0, low_high[0]), min(104.0, low_high[1]))  # intervals may leave the percents
     axes.set(xlabel="new skill, accuracy (%)", ylabel="old skills, mean accuracy (%)")
     _title(axes, study.title, PARETO_LEGEND)
     axes.spines[["top", "right"]].set_visible(False)

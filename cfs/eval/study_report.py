@@ -28,6 +28,9 @@ from cfs.files import blaming, write_atomically
 FORMATS = {"new_skill": (100, 1), "old_skills": (100, 1)}
 """Factor and digits that a quantity is shown with; others as they are with two digits."""
 
+COSTS = ("time", "memory")
+"""Shown without an interval: how busy the machine was is no spread of the method's."""
+
 
 def report_study(study: Study, plan: Plan, out: Path, console: Console | None = None) -> None:
     """Write the table as table.md, .csv and .json, and the figures; print the table in short.
@@ -83,7 +86,7 @@ def _shown(line: Line, quantity: str) -> str:
     if estimate is None:
         return "-"
     mean = f"{unit * estimate.mean:.{digits}f}"
-    if estimate.half_width is None:
+    if estimate.half_width is None or quantity in COSTS:
         return mean
     return f"{mean} ± {unit * estimate.half_width:.{digits}f}"
 
@@ -104,7 +107,8 @@ def _notes(study: Study, plan: Plan, lines: list[Line]) -> str:
         "on held-out samples of the base.",
         f"Time and memory are those of training relative to {study.baseline} with the same seed: "
         "seconds in the training loop, the needed run's included, while other runs shared the "
-        "machine, and without drawing samples; the planned peak, the larger of the two.",
+        "machine, and without drawing samples; the planned peak, the larger of the two. So times "
+        "are rough (their intervals are in table.csv); bench/methods.py takes steps in turns.",
         "\\* the setting that stands for the method in the figure.",
     ]
     if missing := _missing(study, lines):
