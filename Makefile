@@ -43,6 +43,7 @@ bench: setup
 	$(BIN)/python bench/sampler.py
 	$(BIN)/python bench/train.py
 	$(BIN)/python bench/plan.py
+	$(BIN)/python bench/methods.py
 
 # Generations and training runs killed at random moments and resumed, against uninterrupted ones.
 kill: setup

@@ -37,6 +37,7 @@ class Lota(Method):
     source = "Panda et al. 2024, arXiv 2406.16797"
     needs_original = True
     needs_tuned = True
+    keeps_original = False
     keeps: ClassVar[dict[str, int]] = {"mask": 1}
     claims: ClassVar[dict[str, str]] = {"the update": "moves only the entries of its mask"}
     filters = True

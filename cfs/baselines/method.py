@@ -122,7 +122,9 @@ class Method:
     from_scratch: ClassVar[bool] = False
     """Start from random weights instead of the checkpoint's."""
     needs_original: ClassVar[bool] = False
-    """Keep theta* beside the weights, as shards."""
+    """Needs theta* beside the weights, as shards."""
+    keeps_original: ClassVar[bool] = True
+    """Holds them through the whole run, and not in `begin` alone."""
     needs_initial: ClassVar[bool] = False
     """Likewise the model before the first of several stages."""
     needs_fisher: ClassVar[bool] = False

@@ -63,10 +63,11 @@ def training_moments(
     held[STATES] = sum(map(_state_bytes, trained.values(), own, [config.optimizer] * len(own)))
     copy = held[STATES] + masters.itemsize * sum(own)
     others = min(stored.itemsize, masters.itemsize) * sum(own)
-    num_tuned = len(config.tuned or [""]) * any(method.keeps_tuned for method in methods)
-    num_anchors = any(m.needs_original for m in methods) + any(m.needs_initial for m in methods)
-    held[REFERENCE] = others * num_anchors
-    held[TUNED] = others * num_tuned
+    num_tuned = len(config.tuned or [""])
+    num_initial = any(m.needs_initial for m in methods)
+    keeps_original = any(m.needs_original and m.keeps_original for m in methods)
+    held[REFERENCE] = others * (keeps_original + num_initial)
+    held[TUNED] = others * num_tuned * any(method.keeps_tuned for method in methods)
     for method in methods:
         for part, each in method.keeps.items():
             held[part] += each * sum(own)
@@ -86,10 +87,16 @@ def training_moments(
     if any(method.needs_teacher for method in methods):
         held[TEACHER] = _teacher_bytes(model_config, stored, work)
     rehearsed = rehearse(model_config, work, partial(wrapped, methods=methods))
-    return {
+    moments = {
         f"forward and backward of {work.num_tokens:,} tokens": held + rehearsed,
         "the optimizer step": held + update,
-    }, host
+    }
+    if any(method.needs_tuned and not method.merges for method in methods):
+        is_aside = device_type != "cpu" and config.offload_reference
+        at_first = {REFERENCE: others * (1 + num_initial), TUNED: others * num_tuned}
+        beginning = held | ({} if is_aside else at_first)
+        moments["comparing theta* with the tuned model"] = Counter(beginning)
+    return moments, host
 
 
 def _teacher_bytes(model_config: ModelConfig, stored: torch.dtype, work: Work) -> int:

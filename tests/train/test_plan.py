@@ -244,7 +244,9 @@ def test_each_method_has_its_memory_in_the_plan() -> None:
     assert added("ewc") == {REFERENCE: 2 * weights, "Fisher information": 4 * weights}
     tuned = {"tuned": ["somewhere"]}
     assert added("hma", **tuned) == {REFERENCE: 2 * weights, TUNED: 2 * weights}
-    assert added("lota", **tuned)["mask"] == weights
+    lota = added("lota", **tuned)
+    assert lota["mask"] == weights
+    assert REFERENCE not in lota, "it is let go when the mask is made"
     assert added("distill")[TEACHER] > 2 * weights
     lora = added("lora", lora_rank=2)
     adapters = lora[MASTERS] // 4
