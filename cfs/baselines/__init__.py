@@ -86,4 +86,5 @@ def combined(combination: str, options: Mapping[str, Any]) -> list[Method]:
         method = method_class(**given)
         method.check()
         methods.append(method)
-    return methods
+    # What chooses among the entries of a gradient comes after the penalties that add to it.
+    return sorted(methods, key=lambda method: "the update" in method.claims)

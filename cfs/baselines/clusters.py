@@ -13,8 +13,10 @@ import numpy as np
 
 from cfs.errors import UserError
 
-MAX_ITERATIONS = 300
-"""Of Lloyd's algorithm, which ends far sooner; rounding could make it go in circles."""
+MAX_ITERATIONS = 50
+"""Of Lloyd's algorithm, whose last ones move few points; rounding could make it go in circles."""
+CHUNK_ROWS = 8192
+"""Points in float64 at a time: memory beside the features is this many times D, however large N."""
 
 
 def nearest_to_centroids(
@@ -39,9 +41,8 @@ def nearest_to_centroids(
         raise UserError(f"{num_clusters} clusters: expected 1 or more")
     if num_keep == 0:
         return np.empty(0, dtype=np.int64)
-    points = features.astype(np.float64)
-    assert np.isfinite(points).all(), "features are finite"
-    labels, distances = _lloyd(points, _spread_start(points, num_clusters, seed))
+    assert np.isfinite(features).all(), "features are finite"
+    labels, distances = _lloyd(features, _spread_start(features, num_clusters, seed))
     sizes = np.bincount(labels)
     kept = []
     for cluster, share in enumerate(_shares(sizes, num_keep)):
@@ -57,12 +58,15 @@ def _spread_start(points: np.ndarray, num_clusters: int, seed: int) -> np.ndarra
     squared distance to the nearest one before it.
     """
     rng = np.random.default_rng(seed)
-    centroids = [points[rng.integers(len(points))]]
-    nearest = _squared_distances(points, centroids[0])
+    first = int(rng.integers(len(points)))
+    centroids = points[[first]].astype(np.float64)
+    nearest = _squared_distances(points, centroids, np.zeros(len(points), dtype=np.int64))
     while len(centroids) < num_clusters and nearest.any():
-        centroids.append(points[rng.choice(len(points), p=nearest / nearest.sum())])
-        nearest = np.minimum(nearest, _squared_distances(points, centroids[-1]))
-    return np.stack(centroids)
+        drawn = int(rng.choice(len(points), p=nearest / nearest.sum()))
+        centroids = np.concatenate([centroids, points[[drawn]]], dtype=np.float64)
+        last = np.full(len(points), len(centroids) - 1)
+        nearest = np.minimum(nearest, _squared_distances(points, centroids, last))
+    return centroids
 
 
 def _lloyd(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -73,19 +77,43 @@ def _lloyd(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.nd
     labels = np.full(len(points), -1)
     centroids = centroids.copy()
     for _ in range(MAX_ITERATIONS):
-        distances = np.stack([_squared_distances(points, c) for c in centroids], axis=1)
-        new_labels = distances.argmin(1)
+        new_labels, sums = _assigned(points, centroids)
         if np.array_equal(new_labels, labels):
             break
         labels = new_labels
-        for cluster in np.unique(labels):
-            centroids[cluster] = points[labels == cluster].mean(0)
-    return labels, _squared_distances(points, centroids[labels])
+        sizes = np.bincount(labels, minlength=len(centroids))
+        filled = sizes > 0
+        centroids[filled] = sums[filled] / sizes[filled, None]
+    return labels, _squared_distances(points, centroids, labels)
 
 
-def _squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Of each point to one centroid (D,) or to its own (N, D): (N,), exactly 0 for equal ones."""
-    return np.square(points - centroids).sum(1)
+def _assigned(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each point's nearest centroid (N,), and the sum of each centroid's points (K, D)."""
+    labels, sums = np.empty(len(points), dtype=np.int64), np.zeros_like(centroids)
+    half_norms = np.square(centroids).sum(1) / 2
+    for rows in _chunks(len(points)):
+        chunk = points[rows].astype(np.float64)
+        # |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x.c), of which |x|^2 is the same for every centroid.
+        nearest = (half_norms - chunk @ centroids.T).argmin(1)
+        labels[rows] = nearest
+        sums += (nearest == np.arange(len(centroids))[:, None]).astype(np.float64) @ chunk
+    return labels, sums
+
+
+def _squared_distances(points: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Of each point to the centroid that its label names: (N,) float64.
+
+    By differences, so that it is exactly 0 for equal ones: the expanded square is not.
+    """
+    distances = np.empty(len(points))
+    for rows in _chunks(len(points)):
+        difference = points[rows] - centroids[labels[rows]]
+        distances[rows] = np.einsum("nd,nd->n", difference, difference)
+    return distances
+
+
+def _chunks(num_rows: int) -> list[slice]:
+    return [slice(start, start + CHUNK_ROWS) for start in range(0, num_rows, CHUNK_ROWS)]
 
 
 def _shares(sizes: np.ndarray, total: int) -> np.ndarray:

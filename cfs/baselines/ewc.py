@@ -53,9 +53,7 @@ class EWC(Method):
     summary = "adds a penalty on the distance to theta*, weighted by its Fisher information"
     source = "Kirkpatrick et al. 2017"
     needs_original = True
-    needs_fisher = True
     keeps = {"Fisher information": 4}  # noqa: RUF012 (a class variable of Method)
-    excludes = {"l2": "both are penalties on the distance to theta*; ewc weights it"}  # noqa: RUF012
     ewc: float = option(1.0, "weight of the Fisher-weighted squared distance; 0.5: the KL's own")
     fisher_samples: int = option(1024, "context-free samples that the Fisher information takes")
 
@@ -64,9 +62,12 @@ class EWC(Method):
         is_whole = self.fisher_samples >= GROUP_SIZE and self.fisher_samples % GROUP_SIZE == 0
         self.require("fisher_samples", is_whole, f"a multiple of {GROUP_SIZE}")
 
+    @property
+    def num_fisher_samples(self) -> int:
+        return self.fisher_samples
+
     def begin(self, setting: Setting) -> None:
-        self.setting = setting
+        self.shards, self.original, self.fisher = setting.shards, setting.original, setting.fisher
 
     def before_step(self, step: int) -> Tensor | None:
-        at = self.setting
-        return self.ewc * add_distance(at.shards, at.original, self.ewc, at.fisher)
+        return self.ewc * add_distance(self.shards, self.original, self.ewc, self.fisher)

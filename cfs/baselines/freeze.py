@@ -55,8 +55,12 @@ class Freeze(Method):
     def wrap(self, model: nn.Module) -> None:
         names = [name for name, _ in model.named_parameters()]
         for part in self.freeze.split(","):
-            if not any(is_frozen(name, part) for name in names):
-                raise UserError(f"--freeze {part}: the model has no parameter of it; leave it out")
+            blocks = LAYERS.fullmatch(part)
+            last = f"layers.{blocks[2]}." if blocks else ""
+            if not any(is_frozen(name, part) and name.startswith(last) for name in names):
+                raise UserError(
+                    f"--freeze {part}: the model has no parameter of it, or not so many layers"
+                )
         for name, parameter in model.named_parameters():
             if any(is_frozen(name, part) for part in self.freeze.split(",")):
                 parameter.requires_grad_(False)

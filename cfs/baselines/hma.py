@@ -98,6 +98,8 @@ class HMA(Method):
 
     @torch.no_grad()
     def before_step(self, step: int) -> Tensor | None:
+        """Takes the gradients for the ratios. Returns zero, or NaN where they are not finite, so
+        that the step is refused before anything moves."""
         at = self.setting
         slopes = torch.zeros(self.hma_blocks, dtype=torch.float64, device=at.shards[0].local.device)
         rows = zip(self.blocks, at.shards, at.original, at.tuned[0], strict=True)
@@ -107,13 +109,15 @@ class HMA(Method):
                     away = star.to(grad.device).float() - other.to(grad.device).float()
                     slopes[block] += torch.dot(grad.float(), away)
                 shard.parameter.grad = None
-        with torch.enable_grad():
-            alphas = ratios(self.logits, self.hma_alpha)
-            (grad_logits,) = torch.autograd.grad(alphas, self.logits, at.total(slopes).cpu())
-        self.logits.grad = grad_logits
+        self.slopes = at.total(slopes.clone()).cpu()
+        return 0.0 * slopes.sum()
+
+    def after_step(self, step: int) -> None:
+        """Move the ratios by the slopes, and the weights to what they now say."""
+        alphas = ratios(self.logits, self.hma_alpha)
+        (self.logits.grad,) = torch.autograd.grad(alphas, self.logits, self.slopes)
         self.adam.step()
         self.set_weights()
-        return None
 
     def state(self) -> dict[str, Any]:
         adam = self.adam.state.get(self.logits, {})

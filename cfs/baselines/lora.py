@@ -8,27 +8,23 @@ alpha = r by default (the paper, section E.1).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cfs.baselines.lora_adapter import ADAPTERS, save_adapter
 from cfs.baselines.method import Method, Shard
 from cfs.cli import option
-from cfs.files import fsync, replacing_directory, write_atomically
 
 PROJECTIONS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 STAY = "LoRA leaves the weights themselves as they are, and the other method works on those"
-ADAPTERS = (".lora_A", ".lora_B")
-"""Endings of the names of parameters that no checkpoint of the base model has."""
 Named = Iterable[tuple[str, Tensor]]
 
 
@@ -91,6 +87,8 @@ class Lora(Method):
         targets = known if given == {"all-linear"} else given
         rule = f"names among {', '.join(sorted(known))}, separated by commas, or all-linear"
         self.require("lora_targets", targets <= known, rule)
+        widest = max(max(m.weight.shape) for path, m in linears.items() if "." in path)
+        self.require("lora_rank", self.lora_rank <= widest, f"at most {widest}, the largest width")
         model.requires_grad_(False)
         for path, linear in linears.items():
             if path.rpartition(".")[2] in targets:
@@ -105,7 +103,7 @@ class Lora(Method):
     leaves_more = True
 
     def write_more(self, named: Named, out: Path, base: str) -> None:
-        save_adapter(named, out / "adapter", self, base)
+        save_adapter(named, out / "adapter", self.lora_rank, self.alpha, base)
 
 
 @torch.no_grad()
@@ -142,20 +140,3 @@ def merged_parameters(named: Named, scale: float) -> Iterator[tuple[str, Tensor]
             value = torch.addmm(value.float(), b, a, alpha=scale)
         yield name, value
     assert not adapters, f"after its weight came {', '.join(adapters)}"
-
-
-def save_adapter(named: Named, path: str | Path, lora: Lora, base_name: str) -> None:
-    """Write the directory that `peft.PeftModel.from_pretrained(base, path)` reads, or nothing.
-
-    named  whole parameters; those that are no adapters are passed over
-    """
-    adapters = {n: v.detach().cpu().contiguous() for n, v in named if n.endswith(ADAPTERS)}
-    tensors = {f"base_model.model.model.{n}.weight": v for n, v in adapters.items()}
-    config: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
-    config |= {"r": lora.lora_rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none"}
-    config |= {"base_model_name_or_path": base_name, "fan_in_fan_out": False}
-    config["target_modules"] = sorted({name.split(".")[-2] for name in adapters})
-    with replacing_directory(path) as directory:
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        fsync(directory / "adapter_model.safetensors")
-        write_atomically(directory / "adapter_config.json", json.dumps(config, indent=2) + "\n")

@@ -86,8 +86,8 @@ class Lota(Method):
             raise UserError(
                 f"--lota-sparsity {self.lota_sparsity}: of {num_entries} attention and MLP entries "
                 f"it would train more than the {num_moved} that differ between --tuned and "
-                "--model; raise it, or give a model that was fine-tuned for longer or saved in "
-                "float32"
+                "--model; raise it, or give a model that was fine-tuned for longer or saved with "
+                "--result-dtype float32"
             )
 
     def before_step(self, step: int) -> None:

@@ -57,7 +57,7 @@ class Setting:
     tuned      the same rows of each model of `--tuned`; empty unless `needs_tuned`
     total      sum of a tensor over the ranks that hold one copy between them, in place; collective
     num_steps  of the run
-    fisher     the rows' diagonal Fisher information, float32; empty unless `needs_fisher`
+    fisher     the rows' diagonal Fisher information, float32; empty unless `num_fisher_samples`
     """
 
     shards: Sequence[Shard]
@@ -75,7 +75,8 @@ class Update:
 
     weights  (N,) as they are now, in the masters' dtype; to be changed in place
     before   (N,) float32, as they were
-    exp_avg  (N,) float32, AdamW's running mean of the gradient, this step's included
+    read_exp_avg  gives (N,) float32, AdamW's running mean of the gradient, this step's included;
+                  8-bit states are decoded for it
     decayed  what decoupled weight decay multiplied `before` by
     """
 
@@ -84,7 +85,7 @@ class Update:
     shard: Shard
     weights: Tensor
     before: Tensor
-    exp_avg: Tensor
+    read_exp_avg: Callable[[], Tensor]
     decayed: float
 
 
@@ -127,8 +128,6 @@ class Method:
     """Holds them through the whole run, and not in `begin` alone."""
     needs_initial: ClassVar[bool] = False
     """Likewise the model before the first of several stages."""
-    needs_fisher: ClassVar[bool] = False
-    """Needs the Fisher information of theta*, of `fisher_samples` samples."""
     needs_teacher: ClassVar[bool] = False
     """Keep theta* as a frozen model beside the trained one, for a forward pass of its own over
     each micro-batch."""
@@ -159,6 +158,17 @@ class Method:
         if not holds:
             flag = option.replace("_", "-")
             raise UserError(f"--{flag} {getattr(self, option)}: expected {rule}")
+
+    @property
+    def num_fisher_samples(self) -> int:
+        """Samples of theta* that `Setting.fisher` is to be estimated on; 0 for no need of it."""
+        return 0
+
+    @property
+    def distillation(self) -> tuple[float, float]:
+        """Where `needs_teacher`: what the KL to theta* at one target weighs in the loss beside its
+        -log p, and the temperature of the two distributions."""
+        raise NotImplementedError
 
     def check(self) -> None:
         """Raise `UserError` where an option's value makes no sense."""

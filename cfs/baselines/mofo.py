@@ -50,7 +50,8 @@ class Mofo(Method):
         if len(shape) < 2 or self.mofo_fraction == 1.0:
             return
         num_moved = max(1, int(shape.numel() * self.mofo_fraction))
-        threshold = kth_largest([[update.exp_avg]], [num_moved], self.total)
-        for weights, before, exp_avg in pieces(update.weights, update.before, update.exp_avg):
+        mean = update.read_exp_avg()
+        threshold = kth_largest([[mean]], [num_moved], self.total)
+        for weights, before, exp_avg in pieces(update.weights, update.before, mean):
             decayed = (before * update.decayed).to(weights.dtype)
             weights.copy_(torch.where(exp_avg.abs() >= threshold, weights, decayed))

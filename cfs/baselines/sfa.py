@@ -22,7 +22,7 @@ class SFA(Method):
     """Sequential fine-tuning with averaging, on one task."""
 
     name = "sfa"
-    summary = "every quarter of the run the weights are averaged with theta*"
+    summary = "averages the weights with theta* a few times in the run"
     source = "Kleiman et al. 2025, arXiv 2501.05559"
     needs_original = True
     sfa_every: float = option(0.25, "share of the steps between averagings")
@@ -33,15 +33,16 @@ class SFA(Method):
         self.require("sfa_beta", 0 <= self.sfa_beta <= 1, "in [0, 1]")
 
     def begin(self, setting: Setting) -> None:
-        self.setting = setting
+        self.shards, self.original = setting.shards, setting.original
+        self.num_steps = setting.num_steps
         self.period = max(1, int(self.sfa_every * setting.num_steps))
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         done = step + 1
-        if done % self.period or done == self.setting.num_steps:
+        if done % self.period or done == self.num_steps:
             return
-        for shard, original in zip(self.setting.shards, self.setting.original, strict=True):
+        for shard, original in zip(self.shards, self.original, strict=True):
             for here, there in pieces(shard.local, original):
                 star = there.to(here.device).float()
                 here.copy_(torch.lerp(here.float(), star, self.sfa_beta))  # exact at 0 and 1

@@ -71,7 +71,10 @@ class Mixture:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what decides every batch: the examples, their targets, shares and the seed."""
+        """SHA-256 of what decides every batch: the examples, their targets, shares and the seed.
+
+        Not of weights: they are measured, and on another machine differ in their last digits.
+        """
         digest = hashlib.sha256(f"{self.batch_size} {self.seed}".encode())
         for source in self.sources:
             digest.update(f"{source.num_draws} {source.synthetic} {len(source.examples)}".encode())

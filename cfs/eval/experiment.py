@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -35,11 +36,10 @@ from cfs.train.optim import check_optimizer
 from cfs.train.prepare import check_models, prepared_run
 from cfs.train.rundir import (
     CHANGEABLE,
-    CHECKPOINTS,
-    CONFIG,
     METRICS,
     MODEL,
     SUMMARY,
+    check_holds_run,
     claimed_run_directory,
     recalled,
     run_facts,
@@ -93,6 +93,8 @@ def fine_tune(config: TrainConfig, ranks: Ranks, flags: set[str] | None = None) 
     flags  the fields that were given; by default those of the command line
     """
     given = given_flags(TrainConfig) if flags is None else flags
+    if flags is None and given == {"resume", "out"}:
+        ranks.on_main(lambda: check_holds_run(config))
     config = ranks.on_main(lambda: recalled(config, given))
     directory = resolve_checkpoint(config.model or TINYWORLD_DIR)
     context = read_config(directory).max_position_embeddings
@@ -148,18 +150,26 @@ def _first_run(config: TrainConfig, out: Path) -> TrainConfig:
     What is merged is the result of all others, such as lota, whose own first run is then inside it.
     """
     needy = [m for m in config.methods if m.needs_tuned]
+    # A method that compares weights must not compare what a narrower dtype made of them.
+    dtype = config.result_dtype if any(m.merges for m in needy) else config.masters
     removed = [m for m in needy if m.merges] or needy
     kept = [name for name in config.method.split("+") if name not in {m.name for m in removed}]
     options: dict[str, Any] = {its.name: None for m in removed for its in m.options()}
     return replace(
-        config, method="+".join(kept) or "ft", out=str(out / TUNED), resume=True, **options
+        config,
+        method="+".join(kept) or "ft",
+        out=str(out / TUNED),
+        resume=True,
+        result_dtype=dtype,
+        **options,
     )
 
 
 def _run(experiment: Experiment) -> bool:
     """Measure the base, train or merge, measure again. Collective; False where it was stopped."""
     started = time.monotonic()
-    config, ranks = experiment.config, experiment.ranks
+    prepare_seconds = 0.0
+    config, ranks, out = experiment.config, experiment.ranks, experiment.out
     base_scores: dict[str, Score] = {}
     prepared = _Prepared(experiment.task.sources, None, None)
     is_measured = bool(experiment.tasks) or config.kl_samples > 0
@@ -167,7 +177,9 @@ def _run(experiment: Experiment) -> bool:
     if not config.from_scratch and (is_measured or not is_merge):
         base = experiment.load(experiment.directory)
         base_scores = experiment.score(base)
+        prepare_seconds = -time.monotonic()
         prepared = _prepare(experiment, base, is_merge)
+        prepare_seconds += time.monotonic()
         del base
     if is_merge:
         progress, results = Progress(), _merge(experiment, prepared)
@@ -175,25 +187,20 @@ def _run(experiment: Experiment) -> bool:
         progress = _train(experiment, prepared)
         if progress is None:
             return False
-        skills = _scored_result(experiment, experiment.out / MODEL)
+        skills = _scored_result(experiment, out / MODEL)
         results = {"": Measured(skills, progress.kl)}
     if ranks.is_main:
         costs = {
+            "prepare_seconds": prepare_seconds,
             "seconds": time.monotonic() - started,
             "plan_bytes": None if is_merge else _planned(experiment),
         }
         summary = summarise(config, progress, base_scores, results) | costs
         if not is_merge:
-            plot_training(experiment.out / METRICS, experiment.out / "training.svg")
-        write_atomically(experiment.out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+            plot_training(out / METRICS, out / "training.svg")
+        write_atomically(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
         print_summary(summary)
-        left = [f"{SUMMARY}, {CONFIG}, {MODEL}/"]
-        left += (
-            [f"{MODELS}/"] * (len(results) > 1)
-            if is_merge
-            else [f"{METRICS}, training.svg, {CHECKPOINTS}/"]
-        )
-        print(f"\n{experiment.out}: {', '.join(left)}")
+        print(f"\n{out}: {', '.join(sorted(f.name for f in out.iterdir() if f.name[0] != '.'))}")
     return True
 
 
@@ -221,8 +228,8 @@ def _prepare(experiment: Experiment, base: Decoder, is_merge: bool) -> _Prepared
         if method.weighs_examples:
             nlls = np.concatenate(mean_nlls(base, sources, config, ranks))
             sources = weighted(sources, method.example_weights(nlls))
-        if method.needs_fisher:
-            fisher = fisher_samples(config, directory, base, tokenizer, ranks)
+        if count := method.num_fisher_samples:
+            fisher = fisher_samples(config, directory, base, tokenizer, count, ranks)
     return _Prepared([*sources, *added], held_out, fisher)
 
 
@@ -241,7 +248,10 @@ def _train(experiment: Experiment, prepared: _Prepared) -> Progress | None:
         _say_how_to_resume(experiment, what)
         return None
     save_result(run.model, out / MODEL, run.result_dtype, ranks, run.methods)
-    return run.progress
+    progress = run.progress
+    del run
+    gc.collect()  # FSDP's modules hold each other, and their weights
+    return progress
 
 
 def _scored_result(experiment: Experiment, model: Path) -> dict[str, Score]:

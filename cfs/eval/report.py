@@ -33,7 +33,10 @@ matplotlib.rcParams |= {"svg.hashsalt": "cfs", "svg.fonttype": "none", "font.siz
 def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
     """The table a run ends with: each skill before and after, then the KL."""
     console = console or Console()
-    table = Table(title=f"{summary['method']}, {summary['steps']} steps", title_justify="left")
+    title = f"{summary['method']}, {summary['steps']} steps"
+    if "sweep" in summary:
+        title = f"{summary['method']}, {next(iter(summary['sweep']))} (in model/)"
+    table = Table(title=title, title_justify="left")
     table.add_column("skill")
     for column in ("base", "tuned", "± se"):
         table.add_column(column, justify="right")
@@ -76,7 +79,7 @@ def print_methods(methods: Mapping[str, Any], console: Console | None = None) ->
     table.add_column("name", no_wrap=True)
     table.add_column("what it does")
     for name, method in methods.items():
-        table.add_row(name, f"{method.summary} ({method.source})")
+        table.add_row(name, f"{method.summary}. {method.source}")
     console.print(table)
     console.print(
         "\nThose that go together are joined by '+', such as l2+cfs. train.py --help has the "

@@ -90,7 +90,7 @@ def _head(
     wants_grad_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probabilities and, with their gradient, the gradients of `hidden` and `weight`."""
-    dtype = _operand_dtype(hidden, weight)
+    dtype = operand_dtype(hidden, weight)
     operand = weight.to(dtype)
     logprobs = hidden.new_empty(len(targets), dtype=torch.float32)
     grad_hidden = None if grad is None else torch.empty_like(hidden)
@@ -114,7 +114,7 @@ def _chunk(
     targets, grad (R, 1). One (R, V) tensor is all there is: logits, turned in place into
     exponentials and then into their own gradient, and let go before the next chunk's.
     """
-    logits = _product(hidden, weight.T)
+    logits = product(hidden, weight.T)
     logits.sub_(logits.amax(-1, keepdim=True))
     target_logits = logits.gather(-1, targets)
     exponentials = logits.exp_()
@@ -125,22 +125,22 @@ def _chunk(
     # d log p(t) / d logits = onehot(t) - softmax
     grad_logits = exponentials.mul_(-grad / sums).scatter_add_(-1, targets, grad).to(hidden.dtype)
     if grad_weight is not None:
-        _add_product(grad_weight, grad_logits.T, hidden)
-    return logprobs, _product(grad_logits, weight)
+        add_product(grad_weight, grad_logits.T, hidden)
+    return logprobs, product(grad_logits, weight)
 
 
-def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What the products multiply: float32, but bfloat16 where a device sums it in float32."""
     is_half = hidden.dtype == weight.dtype == torch.bfloat16
     return torch.bfloat16 if is_half and hidden.device.type != "cpu" else torch.float32
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed and returned in float32."""
     return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, with `total` in float32."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)

@@ -153,6 +153,9 @@ class TrainConfig(MethodOptions):
     masters: Literal["float32", "bfloat16"] = option(
         "float32", "of the weights that are updated; bfloat16 ones are rounded stochastically"
     )
+    result_dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "of the model that the run writes; default: that of the checkpoint it starts from"
+    )
     micro_batch_tokens: int = _depends("micro_batch_tokens", "tokens per forward pass and rank")
     activation_checkpointing: Literal["none", "selective", "block"] = option(
         "none", "what the backward pass computes again instead of keeping it"

@@ -76,6 +76,8 @@ def starting_model(
         for method in methods:
             method.fill(shards, config.seed)
     result_dtype = torch.float32 if from_scratch else stored.dtype
+    if config.result_dtype is not None:
+        result_dtype = getattr(torch, config.result_dtype)
     return Trained(model, local_shards(model), stored, result_dtype)
 
 

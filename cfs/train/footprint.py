@@ -22,6 +22,7 @@ from cfs.train.stand_ins import GRADIENTS, Work
 
 MASTERS, STATES, REFERENCE = "masters", "optimizer states", "theta*"
 TUNED, TEACHER, COPY = "tuned models", "teacher", "copy of one parameter"
+MERGE = "one parameter of each model"
 CHECKPOINT, UPDATE, BASE = "checkpoint copy", "update", "base model"
 
 UPDATE_BYTES = 16
@@ -67,7 +68,8 @@ def training_moments(
     num_initial = any(m.needs_initial for m in methods)
     keeps_original = any(m.needs_original and m.keeps_original for m in methods)
     held[REFERENCE] = others * (keeps_original + num_initial)
-    held[TUNED] = others * num_tuned * any(method.keeps_tuned for method in methods)
+    tuned = masters.itemsize * sum(own) * num_tuned  # a first run writes the masters' dtype
+    held[TUNED] = tuned * any(method.keeps_tuned for method in methods)
     for method in methods:
         for part, each in method.keeps.items():
             held[part] += each * sum(own)
@@ -93,10 +95,17 @@ def training_moments(
     }
     if any(method.needs_tuned and not method.merges for method in methods):
         is_aside = device_type != "cpu" and config.offload_reference
-        at_first = {REFERENCE: others * (1 + num_initial), TUNED: others * num_tuned}
+        at_first = {REFERENCE: others * (1 + num_initial), TUNED: tuned}
         beginning = held | ({} if is_aside else at_first)
         moments["comparing theta* with the tuned model"] = Counter(beginning)
     return moments, host
+
+
+def merging_bytes(model_config: ModelConfig, stored: torch.dtype, num_models: int) -> int:
+    """What `merge_checkpoints` holds: the largest parameter of each model and of the result in
+    float32, and as it is read and written."""
+    largest = max(p.numel() for p in build_model(model_config, device="meta").parameters())
+    return largest * (torch.float32.itemsize * (num_models + 1) + stored.itemsize)
 
 
 def _teacher_bytes(model_config: ModelConfig, stored: torch.dtype, work: Work) -> int:

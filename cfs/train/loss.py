@@ -134,7 +134,10 @@ def micro_batch_loss(
         loss, kl = (slopes * logprobs).sum(), logprobs.new_zeros(())
     else:
         logprobs, kls = distillation.logprobs_and_kl(model, batch)
-        kl = torch.where(batch.synthetic, 0.0, kls).sum()
-        loss = (slopes * logprobs).sum() + scale * weights.task * distillation.strength * kl
+        kls = torch.where(batch.synthetic, 0.0, kls)
+        kl = kls.detach().sum()
+        weighted = kls if batch.weights is None else kls * batch.weights
+        loss = (slopes * logprobs).sum()
+        loss = loss + scale * weights.task * distillation.strength * weighted.sum()
     nll_task, nll_synthetic = summed_nll(logprobs.detach(), batch.synthetic)
     return BatchLoss(loss, nll_task, nll_synthetic, kl.detach())

@@ -55,7 +55,12 @@ class MethodOptions(_Fields):
             its.name: getattr(self, its.name) for m in METHODS.values() for its in m.options()
         }
         is_added = bool(options["l2"]) and "l2" not in self.method.split("+")
-        return combined(_joined(self.method, "l2") if is_added else self.method, options)
+        if not is_added:
+            return combined(self.method, options)
+        try:
+            return combined(_joined(self.method, "l2"), options)
+        except UserError as error:
+            raise UserError(f"--l2 {options['l2']}: {error}; leave --l2 out") from error
 
     def method_option(self, name: str) -> Any:
         """A method's option by its name; None where it says nothing."""

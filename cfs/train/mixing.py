@@ -31,7 +31,7 @@ from cfs.errors import UserError
 from cfs.model.packed_attention import PackedBatch
 from cfs.sample.corpus import Corpus, read_corpus
 from cfs.sample.prompts import Prompts
-from cfs.sample.sample import SamplingSettings
+from cfs.sample.sample import Sample, SamplingSettings
 from cfs.sample.settings import model_fingerprint
 from cfs.train.config import PRETRAIN_DEFAULTS, TrainConfig
 from cfs.train.draws import Draws
@@ -206,30 +206,27 @@ def rehearsal(mixing: Mixing) -> list[Example]:
     wanted = ssr.OVERSAMPLING * mixing.count
     shown = ssr.contexts(texts, tokenizer.seed_id, tokenizer.eos_id, wanted, config.seed)
     prompts = Prompts(shown)
-    room = min(ssr.INSTANCE_TOKENS, mixing.room(prompts))
+    room = mixing.room(prompts)
     if room < 1:
         raise UserError(
             f"--demos: {ssr.DEMONSTRATIONS} of them take {int(prompts.lengths.max())} tokens, "
             "which leaves no room in the model's context; give shorter ones"
         )
+    endings = ssr.endings([prompt for prompt, _ in records])
     written = draws.corpus(prompts, mixing.sampling(room), wanted)
-    closing = ssr.closing_words([prompt for prompt, _ in records])
-    found = (
-        ssr.instance_input(tokenizer.decode(s.input_ids[s.num_prompt_tokens :].tolist()), closing)
-        for s in written.samples
-    )
+    found = (ssr.instance_input(_instance(s, tokenizer), endings) for s in written.samples)
     inputs = list(dict.fromkeys(text for text in found if text is not None))
-    if not inputs:
-        raise UserError(
-            f"--method ssr: none of {wanted} instances that the base wrote has an input that ends "
-            f"with one of {', '.join(sorted(closing))}; give other --demos"
-        )
     ids = [[tokenizer.seed_id, *tokens] for tokens in tokenizer.encode_batch(inputs)]
     ids = [tokens for tokens in ids if len(tokens) < config.max_length]
+    if not ids:
+        raise UserError(
+            f"--method ssr: none of {wanted} instances that the base wrote has an input that ends "
+            f"with one of {', '.join(map(repr, sorted(endings)))} within --max-length "
+            f"{config.max_length}; give other --demos"
+        )
     if len(ids) > mixing.count:
-        features = _embeddings(draws, ids)
-        kept = nearest_to_centroids(features, mixing.count, ssr.CLUSTERS, config.seed)
-        ids = [ids[i] for i in kept]
+        # On one rank: another card's last bits could give another choice, and ranks that differ.
+        ids = [ids[i] for i in draws.ranks.on_main(lambda: _representatives(mixing, ids))]
     if draws.ranks.is_main:
         print(
             f"ssr: {len(inputs)} different inputs in {wanted} instances that the base wrote; "
@@ -251,6 +248,19 @@ def _demonstrations(mixing: Mixing) -> list[Record]:
     skills = [make for make in tinyworld.OLD_SKILLS.values() for _ in range(TINYWORLD_SHOWN)]
     items = [tinyworld.draw(make, rng, held_out=False) for make in skills]
     return [FORMATS["tinyworld"](asdict(item)) for item in items]
+
+
+def _instance(sample: Sample, tokenizer: Tokenizer) -> str:
+    """What the base wrote, to its first end-of-text. Special tokens stay: R1's turns are such."""
+    ids = sample.input_ids[sample.num_prompt_tokens :].tolist()
+    ids = itertools.takewhile(lambda token: token != tokenizer.eos_id, ids)
+    return tokenizer.backend.decode(list(ids), skip_special_tokens=False)
+
+
+def _representatives(mixing: Mixing, ids: list[list[int]]) -> list[int]:
+    """Indices of the inputs that stand for all."""
+    features = _embeddings(mixing.draws, ids)
+    return nearest_to_centroids(features, mixing.count, ssr.CLUSTERS, mixing.config.seed).tolist()
 
 
 @torch.no_grad()

@@ -105,9 +105,12 @@ class ShardedAdamW:
             self._update(number, lr, step, scale)
             shard.parameter.grad = None
             if before is not None:
-                weights, mean = local_part(shard.parameter).view(-1), self._moments[number].mean()
+                weights, read_mean = (
+                    local_part(shard.parameter).view(-1),
+                    self._moments[number].mean,
+                )
                 decayed = 1.0 - lr * self._decay(shard)
-                update = Update(number, shard, weights, before, mean, decayed)
+                update = Update(number, shard, weights, before, read_mean, decayed)
                 for settle in after_update:
                     settle(update)
 

@@ -27,11 +27,13 @@ from cfs.train.footprint import (
     CHECKPOINT,
     COPY,
     MASTERS,
+    MERGE,
     REFERENCE,
     STATES,
     TEACHER,
     TUNED,
     UPDATE,
+    merging_bytes,
     training_moments,
 )
 from cfs.train.stand_ins import (
@@ -61,6 +63,7 @@ DECIDED_BY = {
     ACTIVATIONS: "--micro-batch-tokens, --activation-checkpointing",
     HEAD: "a chunk of logits and the head's gradient in float32",
     UPDATE: "float32 copies of a piece of --masters bfloat16",
+    MERGE: "--method and --tuned: float32, whatever the model's size is otherwise",
     COPY: "--method: its rows before the update, in float32, and what chooses among them",
     CHECKPOINT: "masters and states once more while they are written",
 }
@@ -81,6 +84,8 @@ class MemoryPlan:
     host: int
     num_ranks: int
     device_bytes: int
+    has_first_run: bool = False
+    """Does a run without the method come first, for its `--tuned`?"""
     remedies: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -144,12 +149,20 @@ def plan_memory(
             f"--shard-ranks {num_shards}: {num_ranks} ranks cannot be dealt out to copies of so "
             "many; give a divisor"
         )
-    moments, host = training_moments(
-        config, model_config, stored, num_ranks, num_shards, device_type
-    )
+    is_merge = any(method.merges for method in config.methods)
+    moments: dict[str, Counter[str]] = {}
+    host = 0
+    if not is_merge or config.tuned is None:
+        moments, host = training_moments(
+            config, model_config, stored, num_ranks, num_shards, device_type
+        )
+    if is_merge:
+        num_models = 1 + len(config.tuned or [""])
+        merging = merging_bytes(model_config, stored, num_models)
+        moments["merging, on the host of rank 0"] = Counter({MERGE: merging})
     compute, masters = getattr(torch, config.dtype), getattr(torch, config.masters)
     whole = sum(p.numel() for p in build_model(model_config, device="meta").parameters())
-    if not config.from_scratch:
+    if not config.from_scratch and not (is_merge and config.kl_samples == 0):
         moments["sampling from the base model"] = Counter({BASE: compute.itemsize * whole})
     elif device_type == "cuda":
         host = max(host, masters.itemsize * whole)
@@ -157,7 +170,8 @@ def plan_memory(
     kept = [part for method in METHODS.values() for part in method.keeps]
     order = [*list(DECIDED_BY)[:5], *kept, *list(DECIDED_BY)[5:]]
     parts = {name: moments[moment][name] for name in order if moments[moment][name]}
-    return MemoryPlan(parts, moment, host, num_ranks, device_bytes)
+    first_run = config.tuned is None and any(method.needs_tuned for method in config.methods)
+    return MemoryPlan(parts, moment, host, num_ranks, device_bytes, first_run)
 
 
 def print_plan(plan: MemoryPlan, console: Console | None = None) -> None:
@@ -175,9 +189,13 @@ def print_plan(plan: MemoryPlan, console: Console | None = None) -> None:
     table.add_section()
     table.add_row("together", _shown(plan.peak), "")
     console.print(table)
+    if plan.has_first_run:
+        console.print(
+            "a first run, without the method, makes what --tuned would name: plan it apart"
+        )
     if plan.host:
         console.print(f"and of its host {_shown(plan.host)}")
-    device = f"{_shown(plan.device_bytes)}, of which {SPARE:.0%} are left to spare"
+    device = f"{_shown(plan.device_bytes)}, of which {SPARE:.0%} are kept free"
     if plan.fits:
         console.print(f"fits in {device}")
         return

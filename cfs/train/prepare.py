@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from cfs.baselines import Method, Setting
-from cfs.baselines.distill import Distill
 from cfs.data.formats import Example
 from cfs.data.mixture import Mixture, Source
 from cfs.errors import UserError
@@ -26,7 +25,7 @@ from cfs.train.metrics import MetricsLog
 from cfs.train.optim import ShardedAdamW
 from cfs.train.parallel import wrapped
 from cfs.train.reference import check_shape, rows_of, stored_rows
-from cfs.train.rundir import CHECKPOINTS, METRICS
+from cfs.train.rundir import CHECKPOINTS, METRICS, MODEL
 from cfs.train.teacher import Teacher, frozen_original
 
 
@@ -88,7 +87,14 @@ def check_models(config: TrainConfig, directory: Path) -> None:
     named = {"--tuned": config.tuned or [], "--init-model": [initial] if initial else []}
     for flag, names in named.items():
         for name in names:
-            check_shape(resolve_checkpoint(name, weights=False), flag, directory)
+            try:
+                path = resolve_checkpoint(name, weights=False)
+                check_shape(path, flag, directory)
+            except UserError as error:
+                inside = Path(name) / MODEL
+                hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
+                named = "" if str(error).startswith(flag) else f"{flag} {name}: "
+                raise UserError(f"{named}{error}{hint}") from error
 
 
 def _teacher(
@@ -96,10 +102,10 @@ def _teacher(
 ) -> Teacher | None:
     """theta* as a second model, for the method that distils from it. Collective."""
     for method in methods:
-        if isinstance(method, Distill):
+        if method.needs_teacher:
             compute = getattr(torch, config.dtype)
             original = frozen_original(directory, ranks, compute, config.shard_ranks)
-            return Teacher(original, method.kl_weight, method.distill_temperature)
+            return Teacher(original, *method.distillation)
     return None
 
 
@@ -127,7 +133,7 @@ def _setting(
     if any(method.needs_tuned and not method.merges for method in methods):
         assert config.tuned is not None, "train.py trains one where none is given"
         tuned = [rows_of(name, "--tuned", shards, stored, on_host) for name in config.tuned]
-    if any(method.needs_fisher for method in methods):
+    if any(method.num_fisher_samples for method in methods):
         assert fisher_samples is not None, "samples come with the method that asks for them"
         fisher = fisher_information(trained.model, shards, fisher_samples, config, ranks)
     total = partial(_total, ranks, ranks.world_size // shards[0].num_shards)

@@ -57,6 +57,15 @@ def recalled(config: TrainConfig, flags: set[str]) -> TrainConfig:
     return TrainConfig(**values)
 
 
+def check_holds_run(config: TrainConfig) -> None:
+    """Refuse to go on with a run that is not there, where nothing says what it was to be."""
+    if not (Path(str(config.out)) / CONFIG).is_file():
+        raise UserError(
+            f"--out {config.out}: holds no run that --resume could go on with; to begin one there, "
+            "give its flags too"
+        )
+
+
 def check_same_run(config: TrainConfig, out: Path) -> None:
     """Refuse to go on with the run in `out` as another one than it began; `config` is counted."""
     began = _read_config(out / CONFIG)

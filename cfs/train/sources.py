@@ -115,10 +115,14 @@ def held_out_samples(
 
 
 def fisher_samples(
-    config: TrainConfig, directory: Path, base: Decoder, tokenizer: Tokenizer, ranks: Ranks
+    config: TrainConfig,
+    directory: Path,
+    base: Decoder,
+    tokenizer: Tokenizer,
+    count: int,
+    ranks: Ranks,
 ) -> list[Example]:
-    """Samples of the base at temperature 1 and top-p 1, for `--method ewc`."""
-    count: int = config.method_option("fisher_samples")
+    """Samples of the base at temperature 1 and top-p 1, for its Fisher information."""
     samples = unconditional_samples(config, directory, base, tokenizer, count, FISHER_SEED, ranks)
     return [make_example(s.input_ids, s.num_prompt_tokens, s.index) for s in samples]
 

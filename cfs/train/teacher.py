@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from cfs.baselines.distill import logprobs_and_kl
 from cfs.data.packing import MicroBatch
 from cfs.model import Decoder, build_model
+from cfs.model.kl_head import logprobs_and_kl
 from cfs.model.logprobs import rows_of_chunk
 from cfs.model.packed_attention import PackedBatch
 from cfs.model.weights import open_weights

@@ -1,12 +1,14 @@
 """Every method that trains, a few steps of each, on however many ranks.
 
 torchrun --nproc-per-node 2 -m tests.baselines.every_method DIRECTORY
+torchrun --nproc-per-node 4 -m tests.baselines.every_method DIRECTORY RANKS_PER_COPY
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from cfs.train.loop import Run, train
 from tests.train.runs import make_run, tuned_model, weights
 
 STEPS = 6
-# Those that differ only in what stands beside the task's examples train as cfs does.
-METHODS: dict[str, dict[str, Any]] = {
+# A case is a method of that name, unless it names another. Methods that differ only in what stands
+# beside the task's examples train as cfs does; tests/eval/test_experiment.py has them.
+CASES: dict[str, dict[str, Any]] = {
     "ft": {},
     "cfs": {},
     "l2": {"l2": 0.1},
@@ -34,33 +37,54 @@ METHODS: dict[str, dict[str, Any]] = {
     "distill": {"distill": 0.5},
     "freeze": {"freeze": "embeddings,layers:0-0"},
     "l2+mofo+sfa+distill+cfs": {"l2": 0.1},
+    "mofo, 8-bit": {"method": "mofo", "optimizer": "adamw8bit"},
+    "lota, 8-bit": {"method": "lota", "optimizer": "adamw8bit"},
+    "sfa, bfloat16": {"method": "sfa", "sfa_every": 0.34, "masters": "bfloat16"},
+    "l2, 8-bit": {"method": "l2", "l2": 0.1, "optimizer": "adamw8bit"},
+    "l2, 8-bit, bfloat16": {
+        "method": "l2",
+        "l2": 0.1,
+        "optimizer": "adamw8bit",
+        "masters": "bfloat16",
+    },
 }
+# What sums over the ranks of one copy, which several copies would count several times.
+COPIED = ("l2", "ewc", "hma", "mofo", "lota", "lora")
 
 
-def method_run(place: Path, name: str, method: str, ranks: Ranks, **changes: object) -> Run:
-    """A run of the method in `place/name`."""
-    tuned = {"tuned": [str(tuned_model(place))]} if method in ("lota", "hma") else {}
-    flags: dict[str, object] = {"method": method, "steps": STEPS, "l2": None, "save_every": 2}
-    return make_run(place, name, ranks, **(flags | METHODS[method] | tuned | changes))
+def case_run(place: Path, name: str, case: str, ranks: Ranks, **changes: object) -> Run:
+    """A run of the case in `place/name`."""
+    flags: dict[str, object] = {"method": case, "steps": STEPS, "l2": None, "save_every": 2}
+    flags |= CASES[case] | changes
+    if flags["method"] in ("lota", "hma"):
+        flags["tuned"] = [str(tuned_model(place))]
+    return make_run(place, name, ranks, **flags)
 
 
-def main() -> None:
-    ranks = process_ranks.start("cpu")
-    place = Path(sys.argv[1])
-    losses = {}
-    for method in METHODS:
-        run = method_run(place, f"{method}-{ranks.world_size}", method, ranks)
+def train_all(place: Path, cases: Iterable[str], ranks: Ranks, **changes: object) -> None:
+    """Leave each case's losses, gradient norms and weights, first and last, in `place`."""
+    for case in cases:
+        name = f"{case}-{ranks.world_size}"
+        run = case_run(place, name, case, ranks, **changes)
         start = weights(run)
         train(run)
         found = weights(run)
         if ranks.is_main:
-            save_file(start, place / f"{method}-start.safetensors")
             assert run.metrics is not None
-            lines = run.metrics.file.read_text().splitlines()
-            losses[method] = [json.loads(line)["loss"] for line in lines[1:]]
-            save_file(found, place / f"{method}-{ranks.world_size}.safetensors")
-    if ranks.is_main:
-        print(json.dumps(losses))
+            lines = [json.loads(line) for line in run.metrics.file.read_text().splitlines()]
+            taken = [[line["loss"], line["grad_norm"]] for line in lines[1:]]
+            (place / f"{name}.json").write_text(json.dumps(taken))
+            save_file(start, place / f"{name}-start.safetensors")
+            save_file(found, place / f"{name}.safetensors")
+
+
+def main() -> None:
+    ranks = process_ranks.start("cpu")
+    place, *per_copy = sys.argv[1:]
+    if per_copy:
+        train_all(Path(place), COPIED, ranks, shard_ranks=int(per_copy[0]))
+    else:
+        train_all(Path(place), CASES, ranks)
     process_ranks.finish()
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cfs.baselines import clusters
 from cfs.baselines.clusters import nearest_to_centroids
 from cfs.errors import UserError
 
@@ -69,12 +70,31 @@ def test_equal_points_are_one_cluster() -> None:
     assert kept.tolist() == [*range(9), 90]
 
 
+def test_chunks_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows lost or met twice where chunks meet, and a last chunk that is shorter."""
+    points, _ = blobs([40, 20, 60])
+    whole = nearest_to_centroids(points, 50, 7, 0)
+    for rows in (1, 7, 119, 120):
+        monkeypatch.setattr(clusters, "CHUNK_ROWS", rows)
+        assert np.array_equal(nearest_to_centroids(points, 50, 7, 0), whole)
+
+
+def test_equal_points_far_from_zero_are_one_cluster() -> None:
+    """Catches squared distances by |x|^2 - 2 x.c + |c|^2, which are not 0 for equal points, so
+    that copies of one point would start several clusters and another point might start none."""
+    rng = np.random.default_rng(0)
+    places = (1e4 + rng.normal(size=(3, 64))).astype(np.float32)
+    points = np.repeat(places, [60, 30, 10], axis=0)
+    centroids = clusters._spread_start(points, 20, 0)
+    assert len(centroids) == 3
+    kept = nearest_to_centroids(points, 10, 20, 0)
+    assert kept.tolist() == [*range(6), 60, 61, 62, 90]
+
+
 def test_a_cluster_without_points_has_no_share() -> None:
     """Catches a centroid that becomes NaN when Lloyd's steps take its last point."""
-    from cfs.baselines.clusters import _lloyd
-
     points = np.array([[0.0], [1.0], [10.0]])
-    labels, distances = _lloyd(points, np.array([[0.5], [9.0], [1e6]]))
+    labels, distances = clusters._lloyd(points, np.array([[0.5], [9.0], [1e6]]))
     assert labels.tolist() == [0, 0, 1]
     assert distances.tolist() == [0.25, 0.25, 0.0]
 

@@ -26,6 +26,8 @@ ACCEPTED = [
     "sfa+cfs",
     "hma+cfs",
     "wise-ft+lota",
+    "l2+ewc",
+    "lota+l2-init",
 ]
 REFUSED = {
     "ft+cfs": "ft goes alone (every other method is plain fine-tuning",
@@ -34,7 +36,6 @@ REFUSED = {
     "lora+mofo": "lora and mofo (LoRA leaves the weights themselves as they are",
     "mofo+lota": "both decide the update: mofo moves only the entries",
     "wise-ft+task-arithmetic": "both decide the merge: wise-ft averages with theta*",
-    "l2+ewc": "l2 and ewc (both are penalties on the distance to theta*",
     "cfs+cfs": "names cfs twice",
     "magic+cfs": "'magic' is unknown; known: cfs, ft",
     "": "'' is unknown",
@@ -63,8 +64,15 @@ def said(combination: str) -> str | None:
 @pytest.mark.parametrize("combination", ACCEPTED)
 def test_what_goes_together(combination: str) -> None:
     """Catches an exclusion too many: the paper's Table 8 joins lora and cfs, for one."""
-    found = TrainConfig(method=combination).methods
-    assert [method.name for method in found] == combination.split("+")
+    found = [method.name for method in TrainConfig(method=combination).methods]
+    assert sorted(found) == sorted(combination.split("+"))
+
+
+def test_what_chooses_among_gradients_comes_last() -> None:
+    """Catches an order of names by which a penalty adds to entries that lota has frozen."""
+    for combination in ("lota+l2-init+sfa", "l2-init+sfa+lota", "mofo+ewc", "ewc+mofo"):
+        found = TrainConfig(method=combination).methods
+        assert found[-1].name in ("lota", "mofo")
 
 
 @pytest.mark.parametrize("combination", REFUSED)

@@ -33,8 +33,8 @@ def test_with_fisher_information_1_it_is_l2_bit_for_bit(tmp_path: Path) -> None:
     ewc = make_run(tmp_path, "ewc", method="ewc", l2=None, ewc=0.5, fisher_samples=16, steps=4)
     (method,) = ewc.methods
     assert isinstance(method, EWC)
-    assert any(not torch.equal(f, torch.ones_like(f)) for f in method.setting.fisher)
-    for fisher in method.setting.fisher:
+    assert any(not torch.equal(f, torch.ones_like(f)) for f in method.fisher)
+    for fisher in method.fisher:
         fisher.fill_(1.0)
     l2 = make_run(tmp_path, "l2", method="l2", l2=0.5, steps=4)
     train(ewc)

@@ -15,14 +15,14 @@ from cfs.assets import TINYWORLD_DIR
 from tests.conftest import REPOSITORY, run_python
 
 LR = 1e-3
-# The file of the page and its line of METHODS; then train.py, once for each list of arguments.
+# The file of the page and what its line of TABLE brings; then train.py, once for each list of arguments.
 OVERLAY = """
 import json, sys
 import cfs.baselines
 place, runs = sys.argv[1], json.loads(sys.argv[2])
 cfs.baselines.__path__.append(place)
-from cfs.baselines.soft_reset import SoftReset
-cfs.baselines.METHODS[SoftReset.name] = SoftReset
+method = cfs.baselines._imported("soft_reset:SoftReset")
+cfs.baselines.METHODS[method.name] = method
 import train
 from cfs import cli
 def main():

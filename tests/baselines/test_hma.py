@@ -102,7 +102,9 @@ def test_the_gradient_of_the_logits_is_the_chain_rules() -> None:
     centres = [torch.randn(4) for _ in NAMES]
     for shard, centre in zip(shards, centres, strict=True):
         shard.parameter.grad = shard.local - centre  # of half the squared distance
-    assert method.before_step(0) is None
+    assert method.before_step(0) == 0.0, "it has no penalty"
+    assert torch.equal(method.logits.detach(), torch.tensor(start, dtype=torch.float64))
+    method.after_step(0)
     logits = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     shares = logits.sigmoid() + 0.2
     alphas = 0.4 * 2 * shares / shares.sum()
@@ -155,6 +157,7 @@ def test_the_gradient_equals_finite_differences_of_a_models_loss(tmp_path: Path)
     for batch in batches:
         micro_batch_loss(run.model, batch, sources).loss.backward()
     method.before_step(0)
+    method.after_step(0)
     assert method.logits.grad is not None
     assert method.logits.grad.tolist() == pytest.approx(expected, rel=5e-3)
 
@@ -202,6 +205,7 @@ def test_a_state_goes_on_as_if_never_saved() -> None:
             for shard, grad in zip(shards, grads[step], strict=True):
                 shard.parameter.grad = grad.clone()
             method.before_step(step)
+            method.after_step(step)
 
     whole, whole_shards = begun(0.5, original, tuned)
     steps(whole, whole_shards, range(6))
@@ -246,3 +250,17 @@ def test_values_out_of_range_are_refused(options: dict[str, float], flag: str) -
     """Catches a mixture that is none, and ratios that cannot train."""
     with pytest.raises(UserError, match=flag):
         HMA(**options).check()  # type: ignore[arg-type]
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
+    """Catches ratios and weights that are lost to NaN before the loop can refuse the step."""
+    original, tuned = two_models()
+    method, shards = begun(0.4, original, tuned)
+    before = [shard.local.clone() for shard in shards]
+    for shard in shards:
+        shard.parameter.grad = torch.full_like(shard.local, torch.nan)
+    penalty = method.before_step(0)
+    assert penalty is not None
+    assert penalty.isnan(), "the loop refuses a loss with this in it"
+    assert all(torch.equal(s.local, b) for s, b in zip(shards, before, strict=True))
+    assert method.logits.tolist() == [0.0, 0.0]

@@ -14,14 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cfs.baselines.lora import (
-    ADAPTERS,
-    Lora,
-    LoraLinear,
-    init_adapters,
-    merged_parameters,
-    save_adapter,
-)
+from cfs.baselines.lora import Lora, LoraLinear, init_adapters, merged_parameters
+from cfs.baselines.lora_adapter import ADAPTERS
 from cfs.errors import UserError
 from cfs.model import Decoder, load_model, save_model
 from cfs.model.saving import save_tensors
@@ -183,7 +177,7 @@ def test_peft_gives_equal_logits(family: str, tmp_path: Path) -> None:
     save_model(tiny_model(family, **FAMILIES[family]), tmp_path / "base")
     lora = replace(SCALED, lora_targets="q_proj, v_proj,down_proj")
     model = adapted(family, lora)
-    save_adapter(model.named_parameters(), tmp_path / "adapter", lora, str(tmp_path / "base"))
+    lora.write_more(model.named_parameters(), tmp_path, str(tmp_path / "base"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", dtype=torch.float32
     )
@@ -202,15 +196,15 @@ def test_peft_saves_what_we_save(tmp_path: Path) -> None:
     model = tiny_model("llama")
     SCALED.wrap(model)
     init_adapters(local_shards(model), seed=0)
-    save_adapter(model.named_parameters(), tmp_path / "ours", SCALED, str(tmp_path / "base"))
+    SCALED.write_more(model.named_parameters(), tmp_path, str(tmp_path / "base"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", dtype=torch.float32
     )
-    peft.PeftModel.from_pretrained(theirs, str(tmp_path / "ours")).save_pretrained(
+    peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")).save_pretrained(
         str(tmp_path / "theirs")
     )
     ours, again = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "theirs")
     )
     assert ours.keys() == again.keys()
     assert all(torch.equal(ours[name], again[name]) for name in ours)
@@ -221,7 +215,7 @@ def test_unknown_target(targets: str) -> None:
     """Catches a misspelt name that adapts nothing, and a head whose update would have no effect."""
     model = tiny_model()
     with pytest.raises(UserError, match=f"--lora-targets {targets}: .*down_proj.*or all-linear"):
-        Lora(lora_targets=targets).wrap(model)
+        Lora(lora_rank=4, lora_targets=targets).wrap(model)
     assert all(p.requires_grad for p in model.parameters()), "refused, and left as it was"
 
 
@@ -229,7 +223,7 @@ def test_unknown_target(targets: str) -> None:
 def test_targets(targets: str) -> None:
     """Catches all-linear that takes the head, or a target that is left out."""
     model = tiny_model()
-    Lora(lora_targets=targets).wrap(model)
+    Lora(lora_rank=4, lora_targets=targets).wrap(model)
     wrapped_names = {n for n, module in model.named_modules() if isinstance(module, LoraLinear)}
     names = ["self_attn.k_proj", "mlp.up_proj"]
     if "k_proj ," not in targets:

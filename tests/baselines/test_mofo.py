@@ -25,7 +25,7 @@ def filtered(method: Mofo, exp_avg: torch.Tensor, dtype: torch.dtype) -> torch.T
     before = torch.full_like(exp_avg, 4.0)
     shard = lone_shard("w", torch.full_like(exp_avg, 5.0, dtype=dtype))
     weights = shard.local.view(-1)
-    method.after_update(Update(0, shard, weights, before.view(-1), exp_avg.view(-1), 0.75))
+    method.after_update(Update(0, shard, weights, before.view(-1), lambda: exp_avg.view(-1), 0.75))
     return shard.local
 
 

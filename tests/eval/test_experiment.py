@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -144,19 +145,92 @@ def word_tokenizer() -> str:
     return tokenizers.Tokenizer(model).to_str()
 
 
-@pytest.mark.parametrize("method", ["cs", "ssr", "replay", "flow", "ewc"])
-def test_two_ranks_do_what_one_does(method: str, tmp_path: Path) -> None:
-    """Catches examples, weights or samples that depend on the number of ranks."""
-    changes: dict[str, Any] = {"fisher_samples": 16} if method == "ewc" else {}
-    finished(tmp_path, "one", method=method, **changes)
-    given = flags(tmp_path, "two", method=method, **changes)
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    done = run_python("train.py", *arguments, ranks=2)
+TRAINED: dict[str, dict[str, Any]] = {
+    "cs": {},
+    "ssr": {},
+    "replay": {},
+    "flow": {},
+    "ewc": {"fisher_samples": 16},
+    "lora+cfs": {"lora_rank": 2, "lr": 1e-2},
+}
+MERGED: dict[str, dict[str, Any]] = {
+    "wise-ft": {"wise_alpha": [0.5, 0.0]},
+    "task-arithmetic": {"task_scale": [0.5, 1.5]},
+}
+
+
+@pytest.fixture(scope="module")
+def on_one_and_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each method has run on one rank and on two, each drawing its own corpora.
+
+    task-arithmetic merges what wise-ft's first run leaves, on one rank.
+    """
+    place = tmp_path_factory.mktemp("ranks")
+    sums = [{"prompt": f"{i} + {i % 7} =", "response": str(i + i % 7)} for i in range(60)]
+    (place / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in sums))
+    few = {"data": str(place / "sums.jsonl"), "format": "prompt-response"}
+    configs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    for num_ranks, ours in configs.items():
+        for method, changes in (TRAINED | MERGED).items():
+            corpora = str(place / f"corpora-{num_ranks}")
+            given = {"method": method, "corpora": corpora} | changes
+            if method == "flow":  # reads all examples before it trains
+                given |= few
+            if method == "task-arithmetic":
+                given["tuned"] = [str(place / "wise-ft-1" / "tuned" / "model")]
+            ours.append(flags(place, f"{method}-{num_ranks}", **given))
+    for config in configs[1]:
+        assert fine_tune(TrainConfig(**config), ALONE, flags=set())
+    (place / "configs.json").write_text(json.dumps(configs[2]))
+    done = run_python("-m", "tests.eval.several_runs", str(place / "configs.json"), ranks=2)
     assert done.returncode == 0, done.stderr
-    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    for a, b in zip(one[1:], two[1:], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    return place
+
+
+def check_same_losses(one: Path, two: Path) -> None:
+    for a, b in zip(read_metrics(one)[1:], read_metrics(two)[1:], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["targets_synthetic"] == b["targets_synthetic"]
+
+
+def check_same_model(one: Path, two: Path) -> None:
+    """Apart by little of what they moved from theta*."""
+    a, b, star = weights(one), weights(two), weights(TINYWORLD_DIR)
+    assert a.keys() == b.keys() == star.keys()
+    with torch.no_grad():
+        apart = math.sqrt(sum(float((a[name] - b[name]).square().sum()) for name in star))
+        moved = math.sqrt(sum(float((a[name] - star[name]).square().sum()) for name in star))
+    assert moved > 0
+    assert apart < 3e-4 * moved
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_two_ranks_do_what_one_does(method: str, on_one_and_two: Path) -> None:
+    """Catches examples, weights or samples that depend on the number of ranks, and a sharded
+    adapter that is merged or saved wrongly."""
+    one, two = (on_one_and_two / f"{method}-{num_ranks}" for num_ranks in (1, 2))
+    check_same_losses(one, two)
+    check_same_model(one / "model", two / "model")
+
+
+@pytest.mark.parametrize("method", MERGED)
+def test_two_ranks_merge_as_one_does(method: str, on_one_and_two: Path) -> None:
+    """Catches a rank that reads a model before it is written, a first run that differs from one
+    rank's, and a KL or a skill of one rank's share of the samples."""
+    one, two = (on_one_and_two / f"{method}-{num_ranks}" for num_ranks in (1, 2))
+    if method == "wise-ft":
+        check_same_losses(one / "tuned", two / "tuned")
+    a, b = (json.loads((run / "summary.json").read_text()) for run in (one, two))
+    assert list(a["sweep"]) == list(b["sweep"])
+    assert len(a["sweep"]) == 2
+    for variant, found in a["sweep"].items():
+        expected = pytest.approx(found["kl_nats"], abs=2e-5)
+        assert b["sweep"][variant]["kl_nats"] == expected
+        assert b["sweep"][variant]["skills"] == found["skills"]
+    places = ["model", *sorted(str(path.relative_to(one)) for path in (one / "models").iterdir())]
+    assert len(places) == 2
+    for place in places:
+        check_same_model(one / place, two / place)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -16,16 +17,18 @@ import torch
 
 from cfs.assets import TINYWORLD_DIR
 from cfs.baselines import METHODS
-from cfs.baselines.ssr import closing_words, instance_input
+from cfs.baselines.ssr import endings, instance_input
 from cfs.data import tinyworld
 from cfs.data.formats import FORMATS, Example, make_examples
 from cfs.data.mixture import Source
 from cfs.data.tokenizer import Tokenizer
 from cfs.errors import UserError
 from cfs.model import Decoder, load_model
+from cfs.ranks import Ranks
+from cfs.sample.sample import Sample
 from cfs.train.config import PRETRAIN_DEFAULTS, TrainConfig
 from cfs.train.draws import Draws
-from cfs.train.mixing import SOURCES, mixed_sources
+from cfs.train.mixing import SOURCES, _instance, mixed_sources
 from tests.conftest import ALONE
 
 MAX_LENGTH = 96
@@ -196,18 +199,22 @@ def greedy_answer(prompt: list[int], count: int) -> list[int]:
 
 
 def word_demonstrations(place: Path) -> tuple[Path, set[str]]:
-    """A file of them, whose prompts end with words that the base often writes, and these words."""
+    """A file of them, whose prompts end with words that the base often writes, and the endings."""
     words = "needle garden stone paper jacket river letter chair orange lamp".split()
-    rows = [{"prompt": f"Copy: {word}", "response": f" {word}"} for word in words]
+    rows = [
+        {"prompt": f"{copy} {word}", "response": f" {word}"}
+        for word in words
+        for copy in ("Copy", "Copy:")
+    ]
     file = place / "demos.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    return file, set(words)
+    return file, {f" {word}" for word in words}
 
 
 def test_ssr_mixes_instances_that_the_base_wrote_and_answered(tmp_path: Path) -> None:
     """Catches inputs that are trained on, answers that were sampled, or written with the input, and
     demonstrations left in an instance."""
-    file, closing = word_demonstrations(tmp_path)
+    file, ends = word_demonstrations(tmp_path)
     examples = added(tmp_path, "ssr", demos=str(file), synthetic_ratio=1.5)
     assert 2 <= len(examples) <= 6
     inputs = [TOKENIZER.decode(prompt_of(example)) for example in examples]
@@ -216,7 +223,7 @@ def test_ssr_mixes_instances_that_the_base_wrote_and_answered(tmp_path: Path) ->
         prompt = prompt_of(example)
         assert prompt[0] == TOKENIZER.seed_id
         assert TOKENIZER.eos_id not in prompt[1:]
-        assert instance_input(text, closing) == text, "it ends as some prompt does, and no later"
+        assert instance_input(text, ends) == text, "it ends as some prompt does, and no later"
         answer = example.input_ids[example.target_mask].tolist()
         assert example.target_mask[len(prompt) :].all()
         assert answer == greedy_answer(prompt, len(answer))
@@ -228,9 +235,12 @@ def test_ssr_mixes_instances_that_the_base_wrote_and_answered(tmp_path: Path) ->
 def test_ssr_shows_the_worlds_old_skills_by_default(tmp_path: Path) -> None:
     """Catches demonstrations of the new skill, or of one old skill alone."""
     examples = added(tmp_path, "ssr", synthetic_ratio=6.0)
-    ends = {TOKENIZER.decode(prompt_of(example)).split()[-1] for example in examples}
     prompts = [tinyworld.test_items(skill, 20) for skill in tinyworld.OLD_SKILLS]
-    assert ends <= closing_words([item.prompt for item in itertools.chain(*prompts)])
+    ends = endings([item.prompt for item in itertools.chain(*prompts)])
+    assert len(ends) == 6
+    for example in examples:
+        text = TOKENIZER.decode(prompt_of(example))
+        assert instance_input(text, ends) == text
 
 
 def test_ssr_keeps_as_many_instances_as_asked(tmp_path: Path) -> None:
@@ -249,15 +259,68 @@ def test_ssr_keeps_as_many_instances_as_asked(tmp_path: Path) -> None:
 
 
 def test_ssr_says_what_is_wrong_with_demonstrations(tmp_path: Path) -> None:
-    """Catches a crash, or an empty source, where nothing that the base writes has an input."""
+    """Catches a crash, or an empty source, where nothing that the base writes has an input, or
+    nothing could have one; and samples drawn to no purpose."""
     file = tmp_path / "demos.jsonl"
-    rows = [{"prompt": "sort: a b Unsaid", "response": " a b"}] * 3
-    file.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match=r"none of 2 instances .* ends with one of Unsaid; give"):
-        mixed(tmp_path, "ssr", demos=str(file), synthetic_ratio=0.25, seed=1)
-    file.write_text(json.dumps({"prompt": "copy: " + "a b " * 150, "response": " a"}))
+
+    def give(*prompts: str) -> None:
+        rows = [{"prompt": prompt, "response": " a b"} for prompt in prompts]
+        file.write_text("\n".join(map(json.dumps, rows)))
+
+    give("copy: " + "a b " * 150, "copy: a b ")
     with pytest.raises(UserError, match="leaves no room in the model's context; give shorter"):
         mixed(tmp_path, "ssr", demos=str(file))
+    give("copy: a b", "sort it")
+    with pytest.raises(UserError, match=r"^--demos: its prompts end in nothing common"):
+        mixed(tmp_path, "ssr", demos=str(file))
+    assert not settings_in(tmp_path)
+    give("sort: a b Unsaid", "sort: b a Unsaid")
+    with pytest.raises(UserError, match=r"none of 2 instances .* ends with one of ' Unsaid' with"):
+        mixed(tmp_path, "ssr", demos=str(file), synthetic_ratio=0.25, seed=1)
+
+
+def test_what_the_base_wrote_keeps_its_special_tokens(tmp_path: Path) -> None:
+    """Catches R1's "<｜Assistant｜>" dropped from an instance, whose input would never end, and the
+    next document taken for a part of it."""
+    shutil.copytree(TINYWORLD_DIR, tmp_path / "other")
+    tokenizer = Tokenizer(tmp_path / "other")
+    tokenizer.backend.add_special_tokens(["<｜Assistant｜>"])
+    prompt, written = tokenizer.encode("Sum: 1 + 2 = 3"), tokenizer.encode("Sum<｜Assistant｜> 3")
+    assert tokenizer.backend.token_to_id("<｜Assistant｜>") in written
+    ids = [tokenizer.seed_id, *prompt, *written, tokenizer.eos_id, *prompt]
+    sample = Sample(0, np.array(ids), 1 + len(prompt), np.zeros(0), np.zeros(0), "stop")
+    text = _instance(sample, tokenizer)
+    assert text.startswith("Sum")
+    assert "<｜Assistant｜>" in text
+    assert text.count("Sum") == 1
+    assert "=" not in text
+
+
+def test_instances_may_be_as_long_as_the_model_allows(tmp_path: Path) -> None:
+    """Catches a bound of its own, which cuts off inputs that the demonstrations are as long as."""
+    added(tmp_path, "ssr", synthetic_ratio=0.5)
+    written = [s["sampling"]["max_tokens"] for s in settings_in(tmp_path) if s["num_samples"] == 4]
+    assert written == [MAX_LENGTH - 1]
+
+
+def test_rank_0_alone_chooses_among_instances(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches ranks that embed and choose by themselves, and differ where a last bit does."""
+    asked = []
+
+    def on_main(self: Ranks, function: Callable[[], Any]) -> Any:
+        found = function()
+        asked.append(found)
+        return found
+
+    monkeypatch.setattr(Ranks, "on_main", on_main)
+    file, _ = word_demonstrations(tmp_path)
+    flags = {"demos": str(file), "temperature": 3.0, "top_p": 1.0, "synthetic_ratio": 2.0}
+    assert len(added(tmp_path, "ssr", **flags)) == 8
+    chosen = [found for found in asked if isinstance(found, list) and len(found) == 8]
+    assert len(chosen) == 1
+    assert all(type(index) is int for index in chosen[0])
 
 
 @pytest.mark.parametrize("method", ["cfs", "cs"])

@@ -16,7 +16,7 @@ from cfs.cli import UserError
 from cfs.model import ModelConfig, build_model, save_model
 from cfs.model.config import parse_config
 from cfs.model.weights import open_weights
-from cfs.train import footprint
+from cfs.train import footprint, rehearsal
 from cfs.train import plan as plans
 from cfs.train.config import TrainConfig
 from cfs.train.optim import OptimizerKind, ShardedAdamW
@@ -27,6 +27,7 @@ from cfs.train.plan import (
     COPY,
     GIB,
     MASTERS,
+    MERGE,
     REFERENCE,
     SPARE,
     STATES,
@@ -203,8 +204,8 @@ def test_what_does_not_fit_is_told_what_would(
 
 def test_every_part_is_explained() -> None:
     """Catches a part of the rehearsal that the table drops, so that its rows no longer add up."""
-    work = plans._work(TrainConfig(model="x").resolved("cpu", 128), 2, 2, "cpu")
-    rehearsed = plans.rehearse(parse_config(tiny_config()), work)
+    work = footprint._work(TrainConfig(model="x").resolved("cpu", 128), 2, 2, "cpu")
+    rehearsed = rehearsal.rehearse(parse_config(tiny_config()), work)
     assert set(rehearsed) <= set(plans.DECIDED_BY)
     assert {ACTIVATIONS, HEAD} <= set(rehearsed)
 
@@ -243,7 +244,7 @@ def test_each_method_has_its_memory_in_the_plan() -> None:
     assert added("l2") == added("l2-init") == added("sfa") == {REFERENCE: 2 * weights}
     assert added("ewc") == {REFERENCE: 2 * weights, "Fisher information": 4 * weights}
     tuned = {"tuned": ["somewhere"]}
-    assert added("hma", **tuned) == {REFERENCE: 2 * weights, TUNED: 2 * weights}
+    assert added("hma", **tuned) == {REFERENCE: 2 * weights, TUNED: 4 * weights}
     lota = added("lota", **tuned)
     assert lota["mask"] == weights
     assert REFERENCE not in lota, "it is let go when the mask is made"
@@ -263,3 +264,13 @@ def test_what_filters_an_update_needs_a_copy_of_the_largest_parameter() -> None:
     moments, _ = footprint.training_moments(config, shape, torch.bfloat16, 1, 1, "cpu")
     largest = max(p.numel() for p in build_model(parse_config(UNEVEN), device="meta").parameters())
     assert moments["the optimizer step"][COPY] == footprint.UPDATE_BYTES * largest
+
+
+def test_a_merge_takes_one_parameter_of_each_model() -> None:
+    """Catches the plan of a training that does not take place, and of whole models."""
+    flags: dict[str, Any] = {"tuned": ["somewhere"], "kl_samples": 0, "dtype": "float32"}
+    plan = planned(UNEVEN, method="wise-ft", **flags)
+    largest = max(p.numel() for p in build_model(parse_config(UNEVEN), device="meta").parameters())
+    assert plan.parts == {MERGE: largest * (3 * 4 + 2)}
+    first_run = planned(UNEVEN, method="wise-ft", optimizer="adamw", dtype="float32")
+    assert first_run.peak == planned(UNEVEN, method="ft", optimizer="adamw", dtype="float32").peak
