@@ -15,7 +15,7 @@ from cfs.assets import TINYWORLD_DIR
 from tests.conftest import REPOSITORY, run_python
 
 LR = 1e-3
-# The file of the page and what its line of TABLE brings; then train.py, once for each list of arguments.
+# The file of the page, by its line of TABLE; then train.py, once for each list of arguments.
 OVERLAY = """
 import json, sys
 import cfs.baselines
