@@ -18,7 +18,7 @@ from tests.baselines.lockstep import lone_setting, lone_shard
 from tests.conftest import read_metrics
 from tests.train.runs import base_model, make_run, same, tuned_model, weights
 
-REFUSE_L2 = {"lora", "ewc", "hma", "pretrain"}
+REFUSE_L2 = {"lora", "hma", "pretrain"}
 """What `--l2` cannot join."""
 
 

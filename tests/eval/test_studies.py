@@ -19,12 +19,13 @@ def _fake_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_setting_and_seed_is_a_run(tmp_path: Path) -> None:
-    """Catches a lost shared flag, a null that does not remove one, and a model of another seed."""
+    """Catches a lost shared flag, a null that does not remove one, a model of another seed, and an
+    interrupted study that has swept one row and not begun another."""
     study = read_study(write_study(tmp_path, ROWS))
     plan = plan_runs(study, study.scales["tiny"], range(3, 5))
     assert list(plan.runs) == [
-        *("ft-3", "cfs-0.5-3", "cfs-1-3", "merged-3"),
-        *("ft-4", "cfs-0.5-4", "cfs-1-4", "merged-4"),
+        *("ft-3", "cfs-1-3", "merged-3", "ft-4", "cfs-1-4", "merged-4"),
+        *("cfs-0.5-3", "cfs-0.5-4"),
     ]
     assert plan.runs["cfs-0.5-3"].arguments(Path("o")) == (
         "--method cfs --steps 7 --lam 0.5 --seed 3 --out o/runs/cfs-0.5-3 --resume "
