@@ -86,7 +86,7 @@ def test_every_option_stands_in_its_section_with_its_default() -> None:
             assert float(shown["top-p"]) == method.mix.top_p
 
 
-OTHER_PROGRAMS = {"help", "config", "standalone", "nproc-per-node", "nodes"}
+OTHER_PROGRAMS = {"help", "config", "standalone", "nproc-per-node", "nodes", "rounds"}
 """The first two are every entry point's own; torchrun's and sbatch's flags."""
 
 
