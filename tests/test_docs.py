@@ -87,7 +87,7 @@ def test_every_option_stands_in_its_section_with_its_default() -> None:
 
 
 OTHER_PROGRAMS = {"help", "config", "standalone", "nproc-per-node", "nodes", "rounds"}
-"""The first two are every entry point's own; torchrun's and sbatch's flags."""
+"""The first two are every entry point's own; torchrun's, sbatch's and a bench's flags."""
 
 
 def test_flags_of_the_pages_exist() -> None:
