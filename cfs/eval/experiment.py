@@ -16,6 +16,8 @@ import torch
 
 from cfs.assets import TINYWORLD_DIR
 from cfs.cli import given_flags
+from cfs.data.formats import Example
+from cfs.data.mixture import Source
 from cfs.data.tokenizer import Tokenizer
 from cfs.eval.report import plot_training, print_summary
 from cfs.eval.skills import Score, Task, load_tasks, score_tasks
@@ -187,7 +189,7 @@ def _run(experiment: Experiment) -> bool:
         progress = _train(experiment, prepared)
         if progress is None:
             return False
-        skills = _scored_result(experiment, out / MODEL)
+        skills = experiment.score(experiment.load(out / MODEL)) if experiment.tasks else {}
         results = {"": Measured(skills, progress.kl)}
     if ranks.is_main:
         costs = {
@@ -209,9 +211,9 @@ class _Prepared:
     """What a run needs of its base before training; `fisher` are samples for its Fisher
     information."""
 
-    sources: list[Any]
+    sources: list[Source]
     held_out: HeldOutSamples | None
-    fisher: list[Any] | None
+    fisher: list[Example] | None
 
 
 def _prepare(experiment: Experiment, base: Decoder, is_merge: bool) -> _Prepared:
@@ -252,10 +254,6 @@ def _train(experiment: Experiment, prepared: _Prepared) -> Progress | None:
     del run
     gc.collect()  # FSDP's modules hold each other, and their weights
     return progress
-
-
-def _scored_result(experiment: Experiment, model: Path) -> dict[str, Score]:
-    return experiment.score(experiment.load(model)) if experiment.tasks else {}
 
 
 def _merge(experiment: Experiment, prepared: _Prepared) -> dict[str, Measured]:

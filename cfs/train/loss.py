@@ -64,11 +64,19 @@ def token_logprobs(model: Decoder, batch: MicroBatch, grad_hint: Tensor | None =
     grad_hint  (N,) float32, d loss / d log p where it is known before the forward pass; it saves
                a product with the head, and changes no result even if it turns out wrong
     """
-    device = batch.input_ids.device
-    packed = PackedBatch(batch.lengths, device, model.packed_route) if batch.lengths else None
     return model(
-        batch.input_ids, target_mask=batch.target_mask, context=packed, grad_hint=grad_hint
+        batch.input_ids,
+        target_mask=batch.target_mask,
+        context=document_context(model, batch),
+        grad_hint=grad_hint,
     )
+
+
+def document_context(model: Decoder, batch: MicroBatch) -> PackedBatch | None:
+    """What keeps the documents of a packed row apart; None where each has a row of its own."""
+    if not batch.lengths:
+        return None
+    return PackedBatch(batch.lengths, batch.input_ids.device, model.packed_route)
 
 
 def summed_nll(logprobs: Tensor, synthetic: Tensor) -> tuple[Tensor, Tensor]:

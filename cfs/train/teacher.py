@@ -16,9 +16,9 @@ from cfs.data.packing import MicroBatch
 from cfs.model import Decoder, build_model
 from cfs.model.kl_head import logprobs_and_kl
 from cfs.model.logprobs import rows_of_chunk
-from cfs.model.packed_attention import PackedBatch
 from cfs.model.weights import open_weights
 from cfs.ranks import Ranks
+from cfs.train.loss import document_context
 from cfs.train.parallel import LocalShard, shard
 
 
@@ -72,8 +72,7 @@ def distilled(
     synthetic targets are among them. The KL compares the distributions of `temperature`; log p is
     that of temperature 1. Gradients go to `model` alone. Collective: two forward passes.
     """
-    device = batch.input_ids.device
-    packed = PackedBatch(batch.lengths, device, model.packed_route) if batch.lengths else None
+    packed = document_context(model, batch)
 
     def original_head(hidden: Tensor, weight: Tensor, _targets: Tensor) -> tuple[Tensor, Tensor]:
         # The student's backward pass reads it, long after FSDP has freed what it gathered.

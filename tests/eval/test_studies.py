@@ -65,7 +65,8 @@ def test_the_study_of_methods_fits_train_py() -> None:
     study = read_study("methods")
     plan = plan_runs(study, study.scales["tiny"], range(1))
     for run in plan.runs.values():
-        parse(TrainConfig, "", run.arguments(Path("o")))
+        config = parse(TrainConfig, "", run.arguments(Path("o")))
+        assert (config.method, config.seed) == (run.method, run.seed)
 
 
 ROW = {"label": "ft", "method": "ft"}

@@ -6,6 +6,7 @@ gloo's copies, which the rehearsal is told to leave out too.
 
 from __future__ import annotations
 
+import gc
 import json
 from functools import partial
 from typing import Any
@@ -87,6 +88,7 @@ def peaks(
     take_passes(
         sharded_model(config, work, methods), work
     )  # what is made once and kept is not the step's
+    gc.collect()  # FSDP's modules hold each other: freed later, they would be taken off the peak
     model = sharded_model(config, work, methods)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         take_passes(model, work)
