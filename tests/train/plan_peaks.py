@@ -88,8 +88,8 @@ def peaks(
     take_passes(
         sharded_model(config, work, methods), work
     )  # what is made once and kept is not the step's
-    gc.collect()  # FSDP's modules hold each other: freed later, they would be taken off the peak
     model = sharded_model(config, work, methods)
+    gc.collect()  # what sharding left in cycles: freed later, it would be taken off the peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         take_passes(model, work)
     if dist.is_initialized():
